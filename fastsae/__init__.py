@@ -1,0 +1,3 @@
+"""fastsae."""
+
+__version__ = "0.1.0.dev0"

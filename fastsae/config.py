@@ -1,0 +1,428 @@
+"""The config tree: one frozen pydantic model per section of the TOML file.
+
+A value is set in one place: the file, then a flag over it. `load_config` reads and checks, `resolved`
+replaces every "auto" by the value that the run uses, `to_toml` writes what a later command reads back.
+Defaults and their sources: README, section "Defaults".
+"""
+
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomlkit
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from tomlkit.exceptions import TOMLKitError
+
+from fastsae.errors import ConfigError
+
+Activation = Literal["relu", "topk"]
+DecoderNorm = Literal["unit", "free"]
+Precision = Literal["fp64", "fp32", "tf32", "bf16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+DEFAULT_K = 32
+DEFAULT_L1 = 5.0  # at a loss summed over d_in and inputs of norm sqrt(d_in); Anthropic, April 2024 update
+DEFAULT_AUXK = 1 / 32  # Gao et al. 2024, section 2.4 and appendix A.2
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip() or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
+        raise ValueError("must be a plain folder name, without a path in it")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no NaN, no infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    """[model]: the source model and where in it."""
+
+    name: str = "demo"
+    """Hub name, local folder, or "demo", the model that fastsae carries."""
+    hook: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Hook points; `*` matches any part, as in "blocks.*.hook_resid_pre"."""
+    dtype: Dtype = "float32"
+    """Data type of the source model."""
+    weights: Literal["raw", "processed"] = "raw"
+    """Hugging Face's numbers, or those after TransformerLens' folding and centring."""
+    batch_size: PositiveInt = 32
+    """Contexts per forward pass; independent of the SAE's batch."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+
+
+class DataConfig(Section):
+    """[data]: the text, and which of its positions count."""
+
+    dataset: str = "demo"
+    """Hub name, a local file or folder (parquet, jsonl, text, saved dataset), or "demo"."""
+    subset: str | None = None
+    """Name of the dataset's configuration on the hub."""
+    split: str = "train"
+    """Split to train on."""
+    text_column: str = "text"
+    """Column of strings, one document a row."""
+    tokens_column: str | None = None
+    """Column of token ids; replaces text_column for a pre-tokenised dataset."""
+    streaming: bool = False
+    """Read a hub dataset while training, without downloading it first."""
+    context_size: Annotated[int, Field(ge=2)] = 128
+    """Tokens per context, the BOS at its start included."""
+    exclude: Literal["bos", "special", "none"] | tuple[int, ...] = "bos"
+    """Positions left out of training and statistics: inserted BOS and separators, every special token, or ids."""
+    shuffle_buffer: PositiveInt = 10_000
+    """Documents that are shuffled together."""
+    on_exhausted: Literal["stop", "repeat"] = "stop"
+    """When the documents end before n_tokens: finish cleanly, or begin another epoch."""
+    validation_split: str | None = None
+    """Split to validate on; without one, the first documents of `split` are held out."""
+    n_validation_tokens: PositiveInt = 131_072
+    """Activations to validate on."""
+    cache_dir: Path | None = None
+    """Folder of tokenised text; by default below the user's cache folder."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset on the hub."""
+
+
+class RingConfig(Section):
+    """[ring]: the buffer between the source model and the step."""
+
+    capacity: PositiveInt = 524_288
+    """Activations it holds per hook point."""
+    placement: Literal["auto", "device", "host"] = "auto"
+    """On the training device, in pinned host memory, or the first of these that fits."""
+    dtype: Literal["auto"] | Dtype = "auto"
+    """Data type of its rows; "auto" is the source model's."""
+
+
+class SAESection(Section):
+    """[sae], and one entry of [[saes]]: the shape of one SAE. d_in comes from the hook point."""
+
+    d_sae: PositiveInt = 16_384
+    """Latents."""
+    activation: Activation = "relu"
+    """Which latents are active."""
+    k: PositiveInt | None = None
+    """Active latents per token, topk only; 32 unless given."""
+    decoder_norm: DecoderNorm = "unit"
+    """Rows of W_dec held at norm 1, or free with the norm in the L1 term."""
+    apply_b_dec_to_input: bool = True
+    """Subtract b_dec before the encoder."""
+
+
+class StepConfig(Section):
+    """[step]: one optimisation step."""
+
+    batch_size: PositiveInt = 4096
+    """Activations per step."""
+    precision: Precision = "fp32"
+    """Arithmetic of the matrix products; sums, losses and Adam are fp32 (fp64 for fp64)."""
+    path: Literal["auto", "dense", "sparse"] = "auto"
+    """How the step is computed; so far every path is the dense one."""
+    lr: Literal["auto"] | PositiveFloat = "auto"
+    """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 2e-4 / sqrt(d_sae / 2^14) for topk."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of Adam's first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient; none where a file says false."""
+    lr_warmup_steps: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Steps of linear warm-up; "auto" is min(1000, 5% of the run)."""
+    lr_decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Last share of the run over which lr falls linearly to 0."""
+    l1_coefficient: NonNegativeFloat | None = None
+    """Weight of the L1 term, relu only; 5 unless given."""
+    l1_warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """First share of the run over which the L1 weight rises linearly from 0."""
+    auxk_coefficient: NonNegativeFloat | None = None
+    """Weight of the auxiliary loss on dead latents, topk only; 1/32 unless given."""
+    k_aux: PositiveInt | None = None
+    """Dead latents that may explain a residual, topk only; d_in / 2 unless given."""
+    dead_after: PositiveInt = 10_000_000
+    """Activations without firing after which a latent counts as dead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _false_is_off(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("grad_clip") is False:
+            return {**data, "grad_clip": None}
+        return data
+
+
+class SAEEntry(SAESection):
+    """One entry of [[saes]]: fields of [sae] to override, and under `step` fields of [step]."""
+
+    name: FolderName | None = None
+    """Folder below the hook point's; made from the entry's own fields unless given."""
+    step: StepConfig = StepConfig()
+    """Fields of [step] for this SAE alone."""
+
+
+class SaveConfig(Section):
+    """[save]: what is written, and when."""
+
+    checkpoint_every: PositiveInt | None = None
+    """Activations between checkpoints; only at the end where not given."""
+    validate_every: PositiveInt | None = None
+    """Activations between validations; only at the end where not given."""
+    keep: PositiveInt | None = None
+    """Checkpoints to keep, the newest; all of them where not given."""
+
+
+class LogConfig(Section):
+    """[log]: where the figures go."""
+
+    every: PositiveInt = 50
+    """Steps between two reads of the step's counters."""
+    wandb: str | None = None
+    """Project on Weights & Biases; nothing is sent where not given."""
+
+
+class SAEConfig(Section):
+    """Shape of one SAE: `SAEConfig(768, 24_576, activation="topk", k=32)`.
+
+    Raises ConfigError for a field that belongs to another activation and for sizes that cannot be.
+    """
+
+    d_in: PositiveInt
+    """Width of the input."""
+    d_sae: PositiveInt
+    """Latents."""
+    d_out: PositiveInt | None = None
+    """Width of the output where it differs from the input (a transcoder)."""
+    activation: Activation = "relu"
+    """Which latents are active."""
+    k: PositiveInt | None = None
+    """Active latents per input, topk only; 32 unless given, or d_sae where that is smaller."""
+    decoder_norm: DecoderNorm = "unit"
+    """Rows of W_dec held at norm 1, or free with the norm in the L1 term."""
+    apply_b_dec_to_input: bool = True
+    """Subtract b_dec before the encoder; off for transcoders."""
+
+    def __init__(self, d_in: int, d_sae: int, **fields: Any) -> None:
+        try:
+            super().__init__(d_in=d_in, d_sae=d_sae, **fields)
+        except ValidationError as error:
+            raise ConfigError(explain(error, SAEConfig)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_k(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("activation") == "topk" and data.get("k") is None:
+            d_sae = data.get("d_sae")
+            return {**data, "k": min(DEFAULT_K, d_sae) if isinstance(d_sae, int) and d_sae > 0 else DEFAULT_K}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.activation != "topk" and self.k is not None:
+            raise ValueError(f"k = {self.k} belongs to topk, not to {self.activation}; drop k or say topk")
+        if self.k is not None and self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} is more than d_sae = {self.d_sae}")
+        if self.d_out not in (None, self.d_in) and self.apply_b_dec_to_input:
+            raise ValueError(
+                f"b_dec has width d_out = {self.d_out} and cannot be subtracted from inputs of width "
+                f"{self.d_in}; set apply_b_dec_to_input = false"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """A whole run. `fastsae.train(RunConfig(...))`, or the TOML file of `fastsae train`."""
+
+    name: FolderName | None = None
+    """Folder of the run below runs_dir; a fresh one is made where not given."""
+    n_tokens: PositiveInt = 100_000_000
+    """Activations to train on, per SAE: exactly this many."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, document order and ring order."""
+    device: str = "auto"
+    """Where everything runs: "cuda", "cuda:1", "mps", "cpu"; "auto" is the first there is."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+    init_from: Path | None = None
+    """SAE, checkpoint or run folder whose weights training starts from."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    ring: RingConfig = RingConfig()
+    sae: SAESection = SAESection()
+    saes: tuple[SAEEntry, ...] = ()
+    """Several SAEs per hook point; every hook point gets every entry."""
+    step: StepConfig = StepConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [name for name, _, _ in self.variants()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'two entries of [[saes]] have the folder name "{name}"; give one a name')
+        return self
+
+    def variants(self) -> list[tuple[str, SAESection, StepConfig]]:
+        """(name, [sae] with the entry's overrides, [step] with the entry's overrides) per entry.
+
+        The name is "" where there is one SAE per hook point.
+        """
+        if not self.saes:
+            return [("", self.sae, self.step)]
+        result = []
+        for entry in self.saes:
+            own = {f: getattr(entry, f) for f in SAESection.model_fields if f in entry.model_fields_set}
+            own_step = {
+                f: getattr(entry.step, f) for f in StepConfig.model_fields if f in entry.step.model_fields_set
+            }
+            sae, step = self.sae.model_copy(update=own), self.step.model_copy(update=own_step)
+            if step.batch_size != self.step.batch_size:
+                raise ValueError(
+                    "saes.step.batch_size cannot differ from step.batch_size: batches are shared"
+                )
+            made = "-".join(
+                [sae.activation, *(f"{f}={v}" for f, v in {**own, **own_step}.items() if f != "activation")]
+            )
+            result.append((entry.name or made.replace("/", "_"), sae, step))
+        return [("", *result[0][1:])] if len(result) == 1 and self.saes[0].name is None else result
+
+
+def resolved_step(step: StepConfig, sae: SAEConfig, n_steps: int | None) -> StepConfig:
+    """`step` with every "auto" replaced by the value it stands for.
+
+    Raises ConfigError for a field that belongs to another activation.
+    """
+    topk = sae.activation == "topk"
+    for field in ("auxk_coefficient", "k_aux") if not topk else ("l1_coefficient",):
+        if getattr(step, field) is not None:
+            raise ConfigError(
+                f"step.{field} = {getattr(step, field)} does not belong to activation = {sae.activation}; drop it"
+            )
+    warmup = min(1000, math.ceil(0.05 * n_steps)) if n_steps else 1000
+    auto: dict[str, Any] = {}
+    if step.lr == "auto":
+        auto["lr"] = 2e-4 / math.sqrt(sae.d_sae / 2**14) if topk else 3e-4
+    if step.lr_warmup_steps == "auto":
+        auto["lr_warmup_steps"] = warmup
+    if topk:
+        auto["auxk_coefficient"] = DEFAULT_AUXK if step.auxk_coefficient is None else step.auxk_coefficient
+        auto["k_aux"] = min(step.k_aux or max(sae.d_in // 2, 1), sae.d_sae)
+    else:
+        auto["l1_coefficient"] = DEFAULT_L1 if step.l1_coefficient is None else step.l1_coefficient
+    return step.model_copy(update=auto)
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The config in the TOML file at `path`, with `overrides` (nested like the file) over it.
+
+    Raises ConfigError in one line for an unreadable file, an unknown key, or a value out of range.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        except TOMLKitError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    merged = _merge(data, overrides or {})
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig)) from None
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """`section.field=value` as a nested dict; the value is TOML, or else a plain string."""
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set {text}: must look like section.field=value")
+    try:
+        leaf: Any = tomlkit.value(value.strip()).unwrap()
+    except (TOMLKitError, ValueError):
+        leaf = value.strip()
+    for part in reversed(path):
+        leaf = {part: leaf}
+    return dict(leaf)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML text that `load_config` reads back to an equal one."""
+    entries = [entry.model_dump(mode="json", exclude_unset=True, exclude_none=True) for entry in config.saes]
+    data = config.model_dump(mode="json", exclude_none=True, exclude={"saes"})
+    if config.step.grad_clip is None:
+        data["step"]["grad_clip"] = False
+    for entry, dumped in zip(config.saes, entries, strict=True):
+        if "grad_clip" in entry.step.model_fields_set and entry.step.grad_clip is None:
+            dumped["step"]["grad_clip"] = False
+    return tomlkit.dumps({**data, **({"saes": entries} if entries else {})})
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A pydantic error in one line: each field by name, what was got, what is allowed."""
+    by_place: dict[str, list[str]] = {}
+    for item in error.errors():
+        place, message = _explain_one(item, model)
+        by_place.setdefault(place, []).append(message)
+    return "; ".join(place + ", or ".join(messages) for place, messages in by_place.items())
+
+
+def _explain_one(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
+    """("where = got: ", "what is allowed"); the members of a union share their place."""
+    loc = [part for part in item["loc"] if isinstance(part, int) or part.isidentifier()]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(model, loc[:-1])
+        near = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
+        return "", f'unknown config key "{where}"; {hint}'
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message[0].lower() + message[1:]
+    return (f"{where} = {item['input']!r}: " if where else ""), message
+
+
+def _fields_at(model: type[BaseModel], loc: list[str | int]) -> list[str]:
+    """Names of the fields of the section that `loc` leads to."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,72 @@
+"""Which latents are active, in plain torch. A new activation is a function here and one line of the table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastsae.config import SAEConfig
+
+
+class Codes(NamedTuple):
+    """The active latents of a batch; slots past a row's count hold index 0 and value 0."""
+
+    indices: Int[Tensor, "*batch width"]
+    values: Float[Tensor, "*batch width"]
+    counts: Int[Tensor, "*batch"]
+
+
+def relu_mask(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Bool[Tensor, "*batch d_sae"]:
+    """Every positive latent."""
+    return pre_acts > 0
+
+
+def topk_mask(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Bool[Tensor, "*batch d_sae"]:
+    """The cfg.k largest latents of each row that are positive; ties go to the smallest index."""
+    assert cfg.k is not None
+    return largest(pre_acts, cfg.k) & (pre_acts > 0)
+
+
+def largest(values: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
+    """True at exactly k places per row, the largest values; ties go to the smallest index."""
+    kth = values.topk(k, dim=-1).values[..., -1:]
+    above, ties = values > kth, values == kth
+    wanted = k - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= wanted))
+
+
+ACTIVE: dict[str, Callable[[Tensor, SAEConfig], Tensor]] = {"relu": relu_mask, "topk": topk_mask}
+
+
+def activate(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "*batch d_sae"]:
+    """acts: the pre-activation where the latent is active, else 0. Differentiable."""
+    return torch.where(ACTIVE[cfg.activation](pre_acts, cfg), pre_acts, 0)
+
+
+def to_codes(acts: Float[Tensor, "*batch d_sae"], width: int | None = None) -> Codes:
+    """Dense acts as Codes of `width` slots per row, by rising index; without one, the fullest row's count.
+
+    Finding the fullest row waits for the device. Raises ValueError where a row has more than `width`.
+    """
+    active = acts != 0
+    counts = active.sum(-1)
+    fullest = int(counts.max()) if counts.numel() else 0
+    if width is None:
+        width = fullest
+    elif fullest > width:
+        raise ValueError(f"a row has {fullest} active latents, more than width = {width}")
+    slots = active.cumsum(-1) - 1
+    shape = (*acts.shape[:-1], width + 1)  # inactive latents go to a last slot that is cut off
+    slots = torch.where(active, slots, width)
+    positions = torch.arange(acts.shape[-1], device=acts.device).expand_as(slots)
+    indices = positions.new_zeros(shape).scatter(-1, slots, positions)
+    values = acts.new_zeros(shape).scatter(-1, slots, acts)
+    return Codes(indices[..., :-1], values[..., :-1], counts)
+
+
+def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+    """Codes as dense acts."""
+    acts = codes.values.new_zeros(*codes.values.shape[:-1], d_sae)
+    return acts.scatter_add(-1, codes.indices, codes.values)

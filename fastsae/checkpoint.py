@@ -1,0 +1,98 @@
+"""The run folder: checkpoints written aside and renamed, and the SAEs in it.
+
+    runs/<name>/config.toml, metrics.jsonl
+    runs/<name>/saes/<hook point>[/<entry>]/                      at the end
+    runs/<name>/checkpoints/<n_tokens>/run.json
+    runs/<name>/checkpoints/<n_tokens>/saes/<hook point>[/<entry>]/
+
+Each SAE folder is SAELens' layout; in a checkpoint `step.safetensors` beside it has the optimizer's state and the
+exact parameters, whose biases the scale is not folded into.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fastsae.errors import RunError
+from fastsae.sae import CONFIG_FILE, SAE
+from fastsae.step import TrainStep
+
+CHECKPOINTS, SAES, STEP_FILE, RUN_FILE = "checkpoints", "saes", "step.safetensors", "run.json"
+
+
+def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
+    """One SAE folder per name below `folder`."""
+    for name, sae in saes.items():
+        sae.save(folder / name)
+
+
+def save_checkpoint(
+    run_dir: Path, n_tokens: int, steps: Mapping[str, TrainStep], state: Mapping[str, Any], keep: int | None
+) -> Path:
+    """Write `checkpoints/<n_tokens>` and drop the oldest ones past `keep`. Returns the folder.
+
+    It appears under its name only when it is complete. Raises RunError where it cannot be written.
+    """
+    root = run_dir / CHECKPOINTS
+    final, aside = root / f"{n_tokens:012d}", root / f".{n_tokens:012d}.part"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        save_saes(aside / SAES, {name: step.sae for name, step in steps.items()})
+        for name, step in steps.items():
+            exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
+            tensors = {k: v.contiguous() for k, v in step.state_dict().items()}
+            save_file({**tensors, **exact}, aside / SAES / name / STEP_FILE)
+        (aside / RUN_FILE).write_text(
+            json.dumps({"n_tokens": n_tokens, **state}, indent=1) + "\n", encoding="utf-8"
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+    except OSError as error:
+        raise RunError(f"cannot write the checkpoint {final}: {error.strerror or error}") from None
+    if keep is not None:
+        for old in checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in (run_dir / CHECKPOINTS).glob("[0-9]*") if (p / RUN_FILE).is_file())
+
+
+def load_all(path: Path | str, *, device: torch.device | str | None = None) -> dict[str, SAE]:
+    """Every SAE of a run folder (the final ones, or the newest checkpoint's), a checkpoint, or an SAE folder.
+
+    Keys are "<hook point>" or "<hook point>/<entry>". Raises RunError where there is none.
+    """
+    path = Path(path)
+    return {name: SAE.load(folder, device=device) for name, folder in sae_folders(path).items()}
+
+
+def load(path: Path | str, *, device: torch.device | str | None = None) -> SAE:
+    """The one SAE in a folder, as for `load_all`. Raises RunError that lists the names where there are several."""
+    folders = sae_folders(Path(path))
+    if len(folders) > 1:
+        raise RunError(
+            f"{path} holds several SAEs: {', '.join(folders)}; load one of their folders, or use load_all"
+        )
+    return SAE.load(next(iter(folders.values())), device=device)
+
+
+def sae_folders(path: Path) -> dict[str, Path]:
+    """Name to folder of every SAE at `path`."""
+    if (path / CONFIG_FILE).is_file():
+        return {path.name: path}
+    for root in [path, *reversed(checkpoints(path))]:
+        found = sorted(config.parent for config in (root / SAES).rglob(CONFIG_FILE))
+        if found:
+            return {folder.relative_to(root / SAES).as_posix(): folder for folder in found}
+    raise RunError(
+        f"no SAE in {path}: expected {CONFIG_FILE} in it, or a run or checkpoint folder with {SAES}/ in it"
+    )

@@ -1,0 +1,63 @@
+"""Adam as a row update, the schedules, and what keeps the decoder at norm 1."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def adam_(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor | float = 1.0,
+) -> None:
+    """One step of Adam in place (Kingma and Ba 2015, algorithm 1); the same bits as torch.optim.Adam's maths.
+
+    Args: step counts from 1; grad_scale multiplies the gradient (clipping). grad is overwritten.
+    """
+    grad.mul_(grad_scale)
+    m.lerp_(grad, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    scale = torch.sqrt(v, out=grad).div_((1 - betas[1] ** step) ** 0.5).add_(eps)
+    param.addcdiv_(m, scale, value=-lr / (1 - betas[0] ** step))
+
+
+def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
+    """Norm of all gradients as one vector."""
+    return torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
+
+
+def clip_scale(norm: Float[Tensor, ""], limit: float) -> Float[Tensor, ""]:
+    """What to multiply gradients of this global norm by, so that it is at most `limit`."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def project_rows_(g_W_dec: Float[Tensor, "d_sae d"], W_dec: Float[Tensor, "d_sae d"]) -> None:
+    """Remove from each gradient row its part along the (unit) weight row."""
+    g_W_dec.sub_((g_W_dec * W_dec).sum(-1, keepdim=True) * W_dec)
+
+
+def normalise_rows_(W_dec: Float[Tensor, "d_sae d"]) -> None:
+    """Bring each row to norm 1."""
+    W_dec.div_(
+        torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp_(min=torch.finfo(W_dec.dtype).tiny)
+    )
+
+
+def lr_factor(step: int, warmup_steps: int, decay_fraction: float, n_steps: int | None) -> float:
+    """Share of the learning rate at `step` (from 0): linear warm-up, and a linear fall to 0 at the end."""
+    factor = min((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0
+    if n_steps and decay_fraction:
+        factor = min(factor, (n_steps - step) / (decay_fraction * n_steps))
+    return max(factor, 0.0)
+
+
+def ramp(step: int, fraction: float, n_steps: int | None) -> float:
+    """Linear rise from 0 to 1 over the first `fraction` of the run; 1 where its length is not known."""
+    return min(step / (fraction * n_steps), 1.0) if n_steps and fraction else 1.0

@@ -1,0 +1,182 @@
+"""SAE: a sparse autoencoder as a plain nn.Module, in raw units, in and out.
+
+    pre_acts = (scale * x - b_dec) W_enc + b_enc
+    x_hat    = (activation(pre_acts) W_dec + b_dec) / scale
+
+Activations are homogeneous in the scale, so the module computes the same thing with the biases divided
+by it; `save` writes those biases, and a loaded SAE has scale 1.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastsae import __version__
+from fastsae.activations import Codes, activate, to_codes
+from fastsae.config import SAEConfig
+from fastsae.errors import ConfigError, RunError
+from fastsae.seeds import generator
+
+FREE_NORM = 0.1  # norm of decoder rows at the start where it is free; SAELens' decoder_init_norm
+SAELENS_VERSION = "6.54.12"  # the release whose folder layout `save` writes
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder. Parameters: W_enc [d_in, d_sae] (a transposed view: latent-major in memory),
+    b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; buffer: scale [].
+
+    Args:
+        cfg: its shape.
+        device, dtype: of the parameters.
+        seed: of the initial weights: random decoder rows, W_enc their transpose, scaled so that
+            the first x_hat has about the norm of x, zero biases.
+    """
+
+    def __init__(
+        self,
+        cfg: SAEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.metadata: dict[str, Any] = {}
+        d_out = cfg.d_out or cfg.d_in
+        norm = 1.0 if cfg.decoder_norm == "unit" else FREE_NORM
+        rows = torch.randn(cfg.d_sae, d_out, generator=generator(seed, "sae/W_dec"))
+        W_dec = norm * rows / rows.norm(dim=-1, keepdim=True)
+        if d_out == cfg.d_in:
+            W_encT = W_dec * (2 * cfg.d_in / cfg.d_sae / norm**2)
+        else:
+            W_encT = torch.randn(cfg.d_sae, cfg.d_in, generator=generator(seed, "sae/W_enc")) / cfg.d_in**0.5
+        self.W_enc = nn.Parameter(W_encT.to(device, dtype).clone().T)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, device=device, dtype=dtype))
+        self.W_dec = nn.Parameter(W_dec.to(device, dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones((), device=device, dtype=dtype))
+
+    def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Pre-activations of raw activations, in raw units."""
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"x is {tuple(x.shape)}; its last size must be d_in = {self.cfg.d_in}")
+        x = x.to(self.W_enc.dtype)
+        if self.cfg.apply_b_dec_to_input:
+            x = x - self.b_dec / self.scale
+        return x @ self.W_enc + self.b_enc / self.scale
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latents of raw activations, in raw units; 0 where inactive. Raises ValueError for a wrong width."""
+        return activate(self.pre_acts(x), self.cfg)
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        """Latents as Codes(indices, values, counts): k slots per row for topk, else as many as the fullest row."""
+        return to_codes(self.encode(x), self.cfg.k)
+
+    def decode(self, acts: Float[Tensor, "*batch d_sae"] | Codes) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction in raw units, from dense latents or from Codes."""
+        if isinstance(acts, Codes):
+            x_hat = torch.einsum("...k,...kd->...d", acts.values, self.W_dec[acts.indices])
+        else:
+            x_hat = acts @ self.W_dec
+        return x_hat + self.b_dec / self.scale
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """decode(encode(x))."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The parameters with the scale folded into the biases: contiguous, for raw inputs."""
+        tensors = {
+            "W_enc": self.W_enc,
+            "b_enc": self.b_enc / self.scale,
+            "W_dec": self.W_dec,
+            "b_dec": self.b_dec / self.scale,
+        }
+        return {name: t.detach().contiguous() for name, t in tensors.items()}
+
+    @torch.no_grad()
+    def load_folded(self, tensors: dict[str, Tensor]) -> None:
+        """Take over parameters for raw inputs; the scale that is set is divided out of them."""
+        self.W_enc.copy_(tensors["W_enc"])
+        self.W_dec.copy_(tensors["W_dec"])
+        self.b_enc.copy_(tensors["b_enc"] * self.scale.cpu())
+        self.b_dec.copy_(tensors["b_dec"] * self.scale.cpu())
+
+    def save(self, folder: Path | str) -> None:
+        """Write SAELens' layout: cfg.json and sae_weights.safetensors, each aside first, then renamed.
+
+        Raises RunError where the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+            save_file(self.folded(), f"{weights}.part")
+            os.replace(f"{weights}.part", weights)
+            Path(f"{config}.part").write_text(
+                json.dumps(self._saelens_config(), indent=1) + "\n", encoding="utf-8"
+            )
+            os.replace(f"{config}.part", config)
+        except OSError as error:
+            raise RunError(f"cannot write {folder}: {error.strerror or error}") from None
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: torch.device | str | None = None) -> "SAE":
+        """Read a folder that `save` wrote. Raises RunError where a file is missing, torn or not ours."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RunError(f"cannot read an SAE in {folder}: {error}") from None
+        if "fastsae" not in config:
+            raise RunError(f"{folder / CONFIG_FILE} was not written by fastsae (it has no key named fastsae)")
+        try:
+            shape = SAEConfig(**config["fastsae"]["config"])
+        except (ConfigError, KeyError, TypeError) as error:
+            raise RunError(f"{folder / CONFIG_FILE}: {error}") from None
+        dtype = tensors["W_dec"].dtype if "W_dec" in tensors else torch.float32
+        sae = cls(shape, device=device, dtype=dtype)
+        wanted = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if wanted != found:
+            raise RunError(f"{folder / WEIGHTS_FILE} has {found}, but its {CONFIG_FILE} wants {wanted}")
+        sae.load_folded(tensors)
+        sae.metadata = {k: v for k, v in config.get("metadata", {}).items() if not k.startswith("sae_lens")}
+        return sae
+
+    def _saelens_config(self) -> dict[str, Any]:
+        cfg, transcoder = self.cfg, (self.cfg.d_out or self.cfg.d_in) != self.cfg.d_in
+        kind = {"relu": "standard", "topk": "topk"}[cfg.activation]
+        if transcoder:
+            kind = {"standard": "transcoder", "topk": "topk_transcoder"}[kind]
+        return {
+            "architecture": kind,
+            "d_in": cfg.d_in,
+            "d_sae": cfg.d_sae,
+            **({"d_out": cfg.d_out} if transcoder else {}),
+            **({"k": cfg.k, "rescale_acts_by_decoder_norm": False} if cfg.activation == "topk" else {}),
+            "dtype": str(self.W_dec.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {
+                "sae_lens_version": SAELENS_VERSION,
+                "sae_lens_training_version": None,
+                **self.metadata,
+            },
+            "fastsae": {"version": __version__, "config": cfg.model_dump()},
+        }

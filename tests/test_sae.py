@@ -1,0 +1,143 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastsae.activations import Codes, to_codes, to_dense
+from fastsae.checkpoint import load, load_all
+from fastsae.config import SAEConfig
+from fastsae.errors import RunError
+from fastsae.sae import CONFIG_FILE, SAE, WEIGHTS_FILE
+
+
+def trained(activation="relu", scale=3.0, **fields):
+    """An SAE whose parameters and scale are all away from their start."""
+    sae = SAE(
+        SAEConfig(12, 40, activation=activation, **({"k": 5} if activation == "topk" else {}), **fields),
+        seed=1,
+    )
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=gen))
+        sae.scale.fill_(scale)
+    return sae, torch.randn(3, 7, 12, generator=gen)
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_raw_units_whatever_the_scale(activation, tmp_path):
+    """encode, decode and forward equal those of the saved SAE, whose scale is folded."""
+    sae, x = trained(activation)
+    sae.metadata = {"hook_name": "somewhere"}
+    sae.save(tmp_path / "a")
+    loaded = SAE.load(tmp_path / "a")
+    assert loaded.scale == 1 and loaded.cfg == sae.cfg and loaded.metadata["hook_name"] == "somewhere"
+    torch.testing.assert_close(loaded(x), sae(x))
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x))
+    by_hand = 3 * x - sae.b_dec
+    pre = by_hand @ sae.W_enc + sae.b_enc
+    if activation == "topk":
+        pre = torch.where(pre >= pre.topk(5).values[..., -1:], pre, 0)
+    torch.testing.assert_close(sae(x), (pre.relu() @ sae.W_dec + sae.b_dec) / 3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_codes_decode_as_dense(activation):
+    sae, x = trained(activation)
+    codes, acts = sae.encode_sparse(x), sae.encode(x)
+    assert isinstance(codes, Codes)
+    assert torch.equal(codes.counts, (acts > 0).sum(-1))
+    assert torch.equal(to_dense(codes, 40), acts)
+    torch.testing.assert_close(sae.decode(codes), sae.decode(acts))
+
+
+def test_codes_of_no_rows_and_too_narrow():
+    empty = to_codes(torch.zeros(0, 8))
+    assert empty.indices.shape == (0, 0)
+    assert to_codes(torch.zeros(2, 8)).values.shape == (2, 0)
+    with pytest.raises(ValueError, match="3 active latents, more than width = 2"):
+        to_codes(torch.ones(1, 3), 2)
+
+
+def test_forward_is_differentiable():
+    sae, x = trained("topk")
+    sae(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sae.parameters())
+
+
+def test_initial_x_hat_has_about_the_norm_of_x():
+    sae = SAE(SAEConfig(64, 2048))
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (sae(x).norm(dim=1) / x.norm(dim=1)).mean().item() == pytest.approx(1, rel=0.1)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(2048))
+    assert sae.W_enc.T.is_contiguous(), "latent-major in memory"
+    assert SAE(SAEConfig(64, 128, decoder_norm="free")).W_dec.norm(dim=1).mean().item() == pytest.approx(0.1)
+
+
+def test_same_seed_same_weights():
+    a, b, c = (SAE(SAEConfig(8, 16), seed=s).W_dec for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_wrong_width_is_named():
+    sae, x = trained()
+    with pytest.raises(ValueError, match=r"d_in = 12"):
+        sae.encode(x[..., 1:])
+
+
+def test_transcoder_round_trip(tmp_path):
+    sae, x = trained(d_out=9, apply_b_dec_to_input=False)
+    assert sae(x).shape == (3, 7, 9)
+    sae.save(tmp_path / "t")
+    torch.testing.assert_close(SAE.load(tmp_path / "t")(x), sae(x))
+    config = json.loads((tmp_path / "t" / CONFIG_FILE).read_text())
+    assert (config["architecture"], config["d_out"]) == ("transcoder", 9)
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    sae, _ = trained()
+    with pytest.raises(RunError, match="no SAE in"):
+        load(tmp_path)
+    folder = tmp_path / "a"
+    sae.save(folder)
+    weights = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(RunError, match="cannot read an SAE"):
+        load(folder)
+    save_file({k: v for k, v in sae.folded().items() if k != "b_enc"}, folder / WEIGHTS_FILE)
+    with pytest.raises(RunError, match="b_enc"):
+        load(folder)
+    (folder / CONFIG_FILE).write_text("{")
+    with pytest.raises(RunError, match="cannot read an SAE"):
+        load(folder)
+    (folder / CONFIG_FILE).write_text('{"architecture": "standard"}')
+    with pytest.raises(RunError, match="not written by fastsae"):
+        load(folder)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        sae.save(file)
+
+
+def test_load_lists_several_by_name(tmp_path):
+    sae, _ = trained()
+    for name in ("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out/k32"):
+        sae.save(tmp_path / "saes" / name)
+    assert list(load_all(tmp_path)) == ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out/k32"]
+    with pytest.raises(RunError, match=r"blocks.1.hook_resid_post, blocks.2.hook_mlp_out/k32"):
+        load(tmp_path)
+
+
+def test_files_are_contiguous_and_plain(tmp_path):
+    sae, _ = trained()
+    sae.save(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == {
+        "W_enc": (12, 40),
+        "b_enc": (40,),
+        "W_dec": (40, 12),
+        "b_dec": (12,),
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE], "nothing is left aside"

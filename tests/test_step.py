@@ -1,0 +1,319 @@
+"""The hand-written gradient against fp64 autograd of losses.total, and the step against torch.optim.Adam."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastsae import losses
+from fastsae.activations import ACTIVE, activate, largest
+from fastsae.config import SAEConfig, StepConfig
+from fastsae.errors import ConfigError
+from fastsae.init import geometric_median, initialise
+from fastsae.optim import lr_factor, ramp
+from fastsae.sae import SAE
+from fastsae.step import PARAMS, TrainStep, gradients
+
+BATCH, D_IN, D_SAE = 37, 24, 61
+
+
+def make(
+    activation="relu", norm="unit", *, d_out=None, apply_b_dec=True, dtype=torch.float64, k=7, d_sae=D_SAE
+):
+    gen = torch.Generator().manual_seed(3)
+    cfg = SAEConfig(
+        D_IN,
+        d_sae,
+        d_out=d_out,
+        activation=activation,
+        k=k if activation == "topk" else None,
+        decoder_norm=norm,
+        apply_b_dec_to_input=apply_b_dec,
+    )
+    sae = SAE(cfg, dtype=torch.float64)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
+        if norm == "unit":
+            sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+    x = torch.randn(BATCH, D_IN, generator=gen, dtype=torch.float64)
+    target = torch.randn(BATCH, d_out, generator=gen, dtype=torch.float64) if d_out else x
+    return sae.to(dtype), x.to(dtype), target.to(dtype)
+
+
+def autograd(sae, x, target, **terms):
+    params = {p: getattr(sae, p).detach().clone().requires_grad_() for p in PARAMS}
+    loss = losses.total(sae.cfg, params, x, target, **terms)
+    grads = torch.autograd.grad(loss, list(params.values()))
+    return loss.detach(), dict(zip(PARAMS, grads, strict=True))
+
+
+def by_hand(sae, x, target, **options):
+    with torch.no_grad():
+        got = gradients(sae, x, target, **options)
+    return got.out.loss, dict(zip(PARAMS, (got.W_encT.T, *got[1:4]), strict=True))
+
+
+TERMS = {
+    "relu": {"l1_coefficient": 0.7},
+    "topk": {"auxk_coefficient": 0.4, "k_aux": 5, "dead_mask": torch.arange(D_SAE) % 4 == 0},
+}
+CASES = [
+    (activation, norm, d_out, apply_b_dec)
+    for activation, norm, (d_out, apply_b_dec) in itertools.product(
+        ("relu", "topk"), ("unit", "free"), ((None, True), (None, False), (13, False))
+    )
+]
+
+
+@pytest.mark.parametrize("activation, norm, d_out, apply_b_dec", CASES)
+def test_gradient_equals_autograd_in_fp64(activation, norm, d_out, apply_b_dec):
+    sae, x, target = make(activation, norm, d_out=d_out, apply_b_dec=apply_b_dec)
+    terms = TERMS[activation]
+    loss, grads = by_hand(sae, x, target, compute=torch.float64, **terms)
+    true_loss, truth = autograd(sae, x, target, **terms)
+    assert abs(loss - true_loss) <= 1e-10 * abs(true_loss)
+    for name, t in truth.items():
+        assert (grads[name] - t).abs().max() <= 1e-10 * t.abs().max(), name
+
+
+class Selections:
+    """Records which latents the tested code selects, and makes the references select the same.
+
+    A selection is an integer output: it follows from the code's own pre-activations, and two dtypes may
+    differ in it where values are close.
+    """
+
+    def __init__(self, monkeypatch):
+        self.seen, self.at = [], None
+        for home, name in ((ACTIVE, "relu"), (ACTIVE, "topk")):
+            monkeypatch.setitem(home, name, self.wrap(home[name]))
+        monkeypatch.setattr(losses, "largest", self.wrap(losses.largest))
+
+    def wrap(self, select):
+        def wrapped(values, *args):
+            if self.at is None:
+                self.seen.append(select(values, *args))
+                return self.seen[-1]
+            self.at += 1
+            return self.seen[self.at - 1]
+
+        return wrapped
+
+    def replay(self):
+        self.at = 0
+
+
+def reference(sae, x, target, dtype, **terms):
+    """losses.total by autograd with every tensor in `dtype`."""
+    rival = SAE(sae.cfg, dtype=torch.float64)
+    rival.load_state_dict(sae.state_dict())
+    return autograd(rival.to(dtype), x.to(dtype), target.to(dtype), **terms)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation, norm, d_out, apply_b_dec", CASES)
+def test_gradient_is_as_accurate_as_autograd(activation, norm, d_out, apply_b_dec, compute, monkeypatch):
+    """At most twice the error of the same maths in the tested dtype, plus 4 eps of it."""
+    sae, x, target = make(activation, norm, d_out=d_out, apply_b_dec=apply_b_dec, dtype=torch.float32)
+    terms, selections = TERMS[activation], Selections(monkeypatch)
+    loss, grads = by_hand(sae, x, target, compute=compute, **terms)
+    assert len(selections.seen) == (2 if activation == "topk" else 1)
+    selections.replay()
+    true_loss, truth = reference(sae, x, target, torch.float64, **terms)
+    selections.replay()
+    _, rival = reference(sae, x, target, compute, **terms)
+    eps = torch.finfo(compute).eps
+    assert abs(loss - true_loss) <= 64 * eps * abs(true_loss)
+    for name, t in truth.items():
+        top = t.abs().max()
+        error, allowed = (grads[name] - t).abs().max() / top, (rival[name] - t).abs().max() / top
+        assert error <= 2 * allowed + 4 * eps, (name, error, allowed)
+
+
+def test_a_wrong_gradient_is_found():
+    sae, x, target = make()
+    _, grads = by_hand(sae, x, target, compute=torch.float64, l1_coefficient=0.7)
+    _, truth = autograd(sae, x, target, l1_coefficient=0.7000001)
+    assert any((grads[n] - t).abs().max() > 1e-10 * t.abs().max() for n, t in truth.items())
+
+
+@pytest.mark.parametrize("activation, norm", itertools.product(("relu", "topk"), ("unit", "free")))
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_steps_equal_torch_adam(activation, norm, clip):
+    """Projection, clipping, Adam, renormalisation and schedules over 12 steps, against torch's own pieces."""
+    sae, _, _ = make(activation, norm)
+    sae.scale.fill_(1.7)
+    n_steps, lr = 12, 0.01
+    config = {"l1_coefficient": 0.5} if activation == "relu" else {"auxk_coefficient": 0.3, "k_aux": 5}
+    cfg = StepConfig(
+        precision="fp64",
+        lr=lr,
+        grad_clip=clip,
+        lr_warmup_steps=3,
+        l1_warmup_fraction=0.5,
+        dead_after=3 * BATCH,
+        **config,
+    )
+    params = {p: getattr(sae, p).detach().clone().requires_grad_() for p in PARAMS}
+    adam = torch.optim.Adam(params.values(), lr=lr)
+    since_fired = torch.zeros(D_SAE, dtype=torch.int64)
+    step = TrainStep(sae, cfg, n_steps)
+    gen = torch.Generator().manual_seed(0)
+    for t in range(n_steps):
+        x = torch.randn(BATCH, D_IN, generator=gen, dtype=torch.float64)
+        step(x)
+        scaled = 1.7 * x
+        terms = {
+            "l1_coefficient": config.get("l1_coefficient", 0.0) * min(t / (0.5 * n_steps), 1),
+            "auxk_coefficient": config.get("auxk_coefficient", 0.0),
+            "k_aux": 5,
+            "dead_mask": since_fired >= 3 * BATCH,
+        }
+        adam.zero_grad()
+        losses.total(sae.cfg, params, scaled, scaled, **terms).backward()
+        with torch.no_grad():
+            pre_acts = (scaled - params["b_dec"]) @ params["W_enc"] + params["b_enc"]
+            fired = (activate(pre_acts, sae.cfg) > 0).any(0)
+            since_fired = torch.where(fired, 0, since_fired + BATCH)
+            W, g = params["W_dec"], params["W_dec"].grad
+            if norm == "unit":
+                g -= torch.einsum("jd,jd,je->je", g, W, W)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(params.values(), clip)
+            adam.param_groups[0]["lr"] = lr * lr_factor(t, 3, 0.2, n_steps)
+            adam.step()
+            if norm == "unit":
+                W.div_(W.norm(dim=1, keepdim=True))
+    for p in PARAMS:
+        torch.testing.assert_close(getattr(sae, p).detach(), params[p].detach(), rtol=1e-8, atol=1e-10)
+    assert torch.equal(step.tokens_since_fired, since_fired)
+
+
+def test_schedules():
+    assert [lr_factor(t, 4, 0.2, 20) for t in (0, 3, 15, 16, 17, 19)] == [0.25, 1, 1, 1, 0.75, 0.25]
+    assert lr_factor(10**6, 1000, 0.2, None) == 1
+    assert [ramp(t, 0.5, 20) for t in (0, 5, 10, 19)] == [0, 0.5, 1, 1]
+
+
+def test_read_means_over_rows_and_resets():
+    sae, x, _ = make()
+    sae.scale.fill_(2.0)
+    step = TrainStep(sae, StepConfig(precision="fp64", lr=1e-9, l1_coefficient=0.0))
+    step(x)
+    step(x[:5])
+    rows = torch.cat([x, x[:5]])
+    error = (sae(rows) - rows).square().sum(-1)
+    got = step.read()
+    assert got["mse"] == pytest.approx(error.mean().item(), rel=1e-4)
+    assert got["fvu"] == pytest.approx((error.sum() / (rows - rows.mean(0)).square().sum()).item(), rel=1e-4)
+    assert got["l0"] == pytest.approx((sae.encode(rows) > 0).sum(-1).double().mean().item(), rel=1e-4)
+    assert got["first_bad_step"] == -1
+    step(x)
+    assert step.read()["mse"] == pytest.approx((sae(x) - x).square().sum(-1).mean().item(), rel=1e-4)
+
+
+def test_the_first_non_finite_loss_is_named():
+    sae, x, _ = make()
+    step = TrainStep(sae, StepConfig(precision="fp64", lr=1e-3))
+    step(x)
+    step(x * float("nan"))
+    step(x)
+    assert step.read()["first_bad_step"] == 1
+
+
+def test_state_round_trip_continues_bit_for_bit():
+    gen = torch.Generator().manual_seed(0)
+    xs = torch.randn(6, BATCH, D_IN, generator=gen)
+    whole, _, _ = make("topk", dtype=torch.float32)
+    cfg = StepConfig(lr=1e-2, dead_after=BATCH)
+    first = TrainStep(whole, cfg, 6)
+    for x in xs[:3]:
+        first(x)
+    other, _, _ = make("topk", dtype=torch.float32)
+    other.load_state_dict(whole.state_dict())
+    second = TrainStep(other, cfg, 6)
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    for x in xs[3:]:
+        first(x)
+        second(x)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+    assert first.read() == second.read()
+
+
+@pytest.mark.parametrize(
+    "activation, field",
+    [("relu", {"k_aux": 3}), ("relu", {"auxk_coefficient": 0.1}), ("topk", {"l1_coefficient": 1.0})],
+)
+def test_a_field_of_another_activation_is_refused_by_name(activation, field):
+    sae, _, _ = make(activation, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=f"{next(iter(field))}.*{activation}"):
+        TrainStep(sae, StepConfig(**field))
+
+
+def test_shapes_are_named():
+    sae, x, _ = make(dtype=torch.float32)
+    step = TrainStep(sae)
+    with pytest.raises(ValueError, match=rf"\(37, 23\).*{D_IN}"):
+        step(x[:, 1:])
+    with pytest.raises(ValueError, match="at least one row"):
+        step(x[:0])
+    with pytest.raises(ConfigError, match="float32"):
+        TrainStep(sae, StepConfig(precision="fp64"))
+
+
+def test_topk_ties_go_to_the_smallest_index():
+    values = torch.tensor([[1.0, 3, 2, 3, 2, 2, 0], [0, 0, 0, 0, 0, 0, 0]])
+    assert largest(values, 4).int().tolist() == [[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0]]
+    cfg = SAEConfig(4, 7, activation="topk", k=4)
+    assert activate(values, cfg)[1].count_nonzero() == 0
+
+
+def test_a_selected_zero_passes_no_gradient():
+    cfg = SAEConfig(4, 6, activation="topk", k=5)
+    pre = torch.tensor([[2.0, 0.0, -1.0, 1.0, 0.0, -3.0]], requires_grad=True)
+    activate(pre, cfg).sum().backward()
+    assert pre.grad.tolist() == [[1, 0, 0, 1, 0, 0]]
+
+
+def test_geometric_median_ignores_an_outlier():
+    rows = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    rows[0] = 1e5
+    median = geometric_median(rows)
+    assert (median - rows[1:].mean(0)).norm() < 0.3 < rows.mean(0).norm()
+    direction = rows - median
+    assert (direction / direction.norm(dim=1, keepdim=True)).sum(0).norm() < 1e-2, (
+        "the unit vectors balance there"
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_initialise_sets_scale_median_and_first_norm(activation):
+    gen = torch.Generator().manual_seed(0)
+    raw = 40 * (torch.randn(3000, D_IN, generator=gen) + 1)
+    sae = SAE(SAEConfig(D_IN, 128, activation=activation, k=16 if activation == "topk" else None))
+    initialise(sae, lambda: raw.split(1000))
+    scaled = raw * sae.scale
+    assert scaled.norm(dim=1).mean().item() == pytest.approx(D_IN**0.5, rel=1e-4)
+    torch.testing.assert_close(sae.b_dec.detach(), geometric_median(scaled))
+    with torch.no_grad():
+        ratio = (sae(raw) * sae.scale - sae.b_dec).norm(dim=1).mean() / (scaled - sae.b_dec).norm(
+            dim=1
+        ).mean()
+    assert ratio.item() == pytest.approx(1, rel=1e-2)
+
+
+def test_bf16_operands_train_nearly_as_well():
+    """A run in bf16 ends within 5% of the same run in fp32."""
+    gen = torch.Generator().manual_seed(0)
+    truth = torch.randn(D_SAE, D_IN, generator=gen)
+    ends = []
+    for precision in ("fp32", "bf16"):
+        sae = SAE(SAEConfig(D_IN, D_SAE, activation="topk", k=4))
+        step = TrainStep(sae, StepConfig(lr=3e-3, precision=precision), 200)
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(200):
+            codes = torch.rand(256, D_SAE, generator=draw) * (torch.rand(256, D_SAE, generator=draw) < 0.04)
+            out = step(codes @ truth)
+        ends.append(out.mse.item())
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)

@@ -1,17 +1,14 @@
 """The config tree: one frozen pydantic model per section of the TOML file.
 
-A value is set in one place: the file, then a flag over it. `load_config` reads and checks, `resolved`
-replaces every "auto" by the value that the run uses, `to_toml` writes what a later command reads back.
-Defaults and their sources: README, section "Defaults".
+A value is set in one place: the file, then a flag over it (configfile.py). `resolved_step` replaces "auto" by the
+value that the run uses. Defaults and their sources: README, section "Defaults".
 """
 
 import math
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tomlkit
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,10 +21,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
-from tomlkit.exceptions import TOMLKitError
 
 from fastsae.errors import ConfigError
+from fastsae.explain import explain
 
 Activation = Literal["relu", "topk"]
 DecoderNorm = Literal["unit", "free"]
@@ -230,7 +226,7 @@ class SAEConfig(Section):
 
     def __init__(self, d_in: int, d_sae: int, **fields: Any) -> None:
         try:
-            super().__init__(d_in=d_in, d_sae=d_sae, **fields)
+            super().__init__(**{"d_in": d_in, "d_sae": d_sae, **fields})
         except ValidationError as error:
             raise ConfigError(explain(error, SAEConfig)) from None
 
@@ -337,92 +333,3 @@ def resolved_step(step: StepConfig, sae: SAEConfig, n_steps: int | None) -> Step
     else:
         auto["l1_coefficient"] = DEFAULT_L1 if step.l1_coefficient is None else step.l1_coefficient
     return step.model_copy(update=auto)
-
-
-def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The config in the TOML file at `path`, with `overrides` (nested like the file) over it.
-
-    Raises ConfigError in one line for an unreadable file, an unknown key, or a value out of range.
-    """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-        except TOMLKitError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    merged = _merge(data, overrides or {})
-    try:
-        return RunConfig.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(explain(error, RunConfig)) from None
-
-
-def parse_assignment(text: str) -> dict[str, Any]:
-    """`section.field=value` as a nested dict; the value is TOML, or else a plain string."""
-    key, equals, value = text.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise ConfigError(f"--set {text}: must look like section.field=value")
-    try:
-        leaf: Any = tomlkit.value(value.strip()).unwrap()
-    except (TOMLKitError, ValueError):
-        leaf = value.strip()
-    for part in reversed(path):
-        leaf = {part: leaf}
-    return dict(leaf)
-
-
-def to_toml(config: RunConfig) -> str:
-    """The config as TOML text that `load_config` reads back to an equal one."""
-    entries = [entry.model_dump(mode="json", exclude_unset=True, exclude_none=True) for entry in config.saes]
-    data = config.model_dump(mode="json", exclude_none=True, exclude={"saes"})
-    if config.step.grad_clip is None:
-        data["step"]["grad_clip"] = False
-    for entry, dumped in zip(config.saes, entries, strict=True):
-        if "grad_clip" in entry.step.model_fields_set and entry.step.grad_clip is None:
-            dumped["step"]["grad_clip"] = False
-    return tomlkit.dumps({**data, **({"saes": entries} if entries else {})})
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A pydantic error in one line: each field by name, what was got, what is allowed."""
-    by_place: dict[str, list[str]] = {}
-    for item in error.errors():
-        place, message = _explain_one(item, model)
-        by_place.setdefault(place, []).append(message)
-    return "; ".join(place + ", or ".join(messages) for place, messages in by_place.items())
-
-
-def _explain_one(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
-    """("where = got: ", "what is allowed"); the members of a union share their place."""
-    loc = [part for part in item["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    if item["type"] == "extra_forbidden":
-        known = _fields_at(model, loc[:-1])
-        near = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
-        return "", f'unknown config key "{where}"; {hint}'
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message[0].lower() + message[1:]
-    return (f"{where} = {item['input']!r}: " if where else ""), message
-
-
-def _fields_at(model: type[BaseModel], loc: list[str | int]) -> list[str]:
-    """Names of the fields of the section that `loc` leads to."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return result

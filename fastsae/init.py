@@ -25,7 +25,7 @@ def geometric_median(
     point = rows.mean(0)
     for _ in range(max_iterations):
         weights = 1 / (rows - point).norm(dim=-1).clamp(min=1e-8)
-        new = (weights @ rows) / weights.sum()
+        new: Tensor = (weights @ rows) / weights.sum()
         if (new - point).norm() <= tolerance * point.norm():
             return new
         point = new

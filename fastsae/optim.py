@@ -30,12 +30,15 @@ def adam_(
 
 def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
     """Norm of all gradients as one vector."""
-    return torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in grads])
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm
 
 
 def clip_scale(norm: Float[Tensor, ""], limit: float) -> Float[Tensor, ""]:
     """What to multiply gradients of this global norm by, so that it is at most `limit`."""
-    return (limit / (norm + 1e-6)).clamp(max=1.0)
+    scale: Tensor = limit / (norm + 1e-6)
+    return scale.clamp(max=1.0)
 
 
 def project_rows_(g_W_dec: Float[Tensor, "d_sae d"], W_dec: Float[Tensor, "d_sae d"]) -> None:

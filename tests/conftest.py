@@ -8,3 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for one another
+
+pytest_plugins = ["tests.worlds"]

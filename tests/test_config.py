@@ -5,15 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsae.cli import read_config
-from fastsae.config import (
-    RunConfig,
-    SAEConfig,
-    StepConfig,
-    load_config,
-    parse_assignment,
-    resolved_step,
-    to_toml,
-)
+from fastsae.config import RunConfig, SAEConfig, StepConfig, resolved_step
+from fastsae.configfile import load_config, parse_assignment, to_toml
 from fastsae.errors import ConfigError
 
 FILE = """

@@ -1,0 +1,201 @@
+"""The command line: flags become overrides of the config, the config becomes one call."""
+
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fastsae.config import RunConfig
+from fastsae.configfile import load_config, parse_assignment, to_toml
+from fastsae.errors import ConfigError, FastSAEError
+
+app = typer.Typer(
+    help="Train sparse autoencoders on the activations of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[
+    Path | None,
+    typer.Argument(help="TOML file; without one and without --model, the built-in demo.", show_default=False),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other field: section.field=value.", metavar="FIELD=VALUE"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Last line of standard output is one JSON object.")]
+
+
+@app.command()
+def train(
+    config: Config = None,
+    model: Annotated[str | None, typer.Option(help="Hub name or folder of the source model.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="Hook point; may be repeated, and hold a *.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub name, file or folder of the text.")] = None,
+    activation: Annotated[str | None, typer.Option(help="relu or topk.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
+    k: Annotated[int | None, typer.Option(help="Active latents per token, for topk.")] = None,
+    l1: Annotated[float | None, typer.Option(help="Weight of the L1 term, for relu.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Activations per step.")] = None,
+    context_size: Annotated[int | None, typer.Option(help="Tokens per context.")] = None,
+    n_tokens: Annotated[int | None, typer.Option(help="Activations to train on.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu or auto.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The source model's: float32, bfloat16 or float16.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="The step's: fp32, tf32 or bf16.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; a fresh one by default.")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="Folder of all runs.")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="SAE, checkpoint or run to start from.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Project on Weights & Biases.", metavar="PROJECT")] = None,
+    set_: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the config, train nothing.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Train the SAEs of a config. Without arguments: the built-in demo, offline, in a few minutes."""
+    flags = {
+        "n_tokens": n_tokens,
+        "seed": seed,
+        "device": device,
+        "name": name,
+        "runs_dir": runs_dir and str(runs_dir),
+        "init_from": init_from and str(init_from),
+        "model": {"name": model, "hook": hook or None, "dtype": dtype},
+        "data": {"dataset": dataset, "context_size": context_size},
+        "sae": {"activation": activation, "d_sae": d_sae, "k": k},
+        "step": {"l1_coefficient": l1, "lr": lr, "batch_size": batch_size, "precision": precision},
+        "log": {"wandb": wandb},
+    }
+    if config is None and model is None:
+        from fastsae.demo import config_path
+
+        config = config_path(activation or "relu")
+    resolved = read_config(config, flags, set_)
+    console = Console(stderr=json_)
+
+    from fastsae.prepare import prepare
+    from fastsae.report import ConsoleSink, closing_table, memory_table, summary
+    from fastsae.train import run
+
+    job = prepare(resolved)
+    if dry_run:
+        job.close()
+        if json_:
+            print(json.dumps({"config": job.config.model_dump(mode="json"), "mem_bytes": job.mem_bytes}))
+        else:
+            print(to_toml(job.config), flush=True)
+            console.print(memory_table(job.mem_bytes))
+        return
+    console.print(
+        f"{job.config.model.name} -> {', '.join(job.saes)} -> {job.run_dir}", highlight=False, soft_wrap=True
+    )
+    result = run(job, [ConsoleSink(job.config.n_tokens, console)])
+    console.print(closing_table(result.metrics))
+    console.print(
+        f"{result.n_tokens:,} activations, SAEs in {result.run_dir}/saes", highlight=False, soft_wrap=True
+    )
+    if json_:
+        print(json.dumps(summary(result)))
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command("eval")
+def eval_(
+    path: Annotated[
+        Path, typer.Argument(help="Run folder, checkpoint, or SAE folder in one.", metavar="RUN")
+    ],
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu or auto.")] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Validate the SAEs of a run on its held-out tokens."""
+    from fastsae.report import closing_table, evaluate_run, figures_json
+
+    metrics = evaluate_run(path, lambda file: read_config(file, {"device": device or "auto"}, set_))
+    Console(stderr=json_).print(closing_table(metrics))
+    if json_:
+        print(json.dumps(figures_json(metrics)))
+
+
+@app.command()
+def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
+    """Versions, device and backend; with a config, the memory that its run will take."""
+    import torch
+
+    from fastsae.prepare import pick_device, prepare
+    from fastsae.report import info_table, memory_table
+
+    packages = ("fastsae", "torch", "triton", "transformer-lens", "transformers", "datasets")
+    facts = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    device = pick_device("auto")
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts["step"] = "dense, PyTorch ops"
+    mem_bytes = None
+    if config is not None:
+        job = prepare(read_config(config, {}, set_))
+        job.close()
+        mem_bytes = job.mem_bytes
+    if json_:
+        print(json.dumps({**facts, **({"mem_bytes": mem_bytes} if mem_bytes else {})}))
+        return
+    console = Console()
+    console.print(info_table(facts))
+    if mem_bytes:
+        console.print(memory_table(mem_bytes))
+
+
+def read_config(path: Path | None, flags: dict[str, Any], assignments: list[str] | None) -> RunConfig:
+    """File, then flags, then --set; a field that is set twice on the command line is refused."""
+    overrides = _without_none(flags)
+    for text in assignments or []:
+        _add(overrides, parse_assignment(text), text)
+    return load_config(path, overrides)
+
+
+def _without_none(data: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: _without_none(v) if isinstance(v, dict) else v for k, v in data.items() if v is not None}
+    return {k: v for k, v in kept.items() if v != {}}
+
+
+def _add(data: dict[str, Any], new: dict[str, Any], text: str) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _add(data[key], value, text)
+        elif key in data:
+            raise ConfigError(f"--set {text}: this field is set twice on the command line")
+        else:
+            data[key] = value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one line and exit code 2."""
+    try:
+        app()
+    except FastSAEError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing was trained", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

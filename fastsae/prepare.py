@@ -1,0 +1,236 @@
+"""Everything before the first forward: check, load, build. Nothing is written here."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import memory
+from fastsae.checkpoint import load_all
+from fastsae.config import RunConfig, SAEConfig, SAEEntry, SAESection, StepConfig, resolved_step
+from fastsae.errors import ConfigError, DataError, RunError
+from fastsae.ring import check_capacity
+from fastsae.sae import SAE
+from fastsae.source import Source, load_source
+from fastsae.tokens import Tokens, open_tokens
+
+ACTIVATIONS = "activations"  # the hook point's name where rows come from an iterable
+
+
+@dataclass
+class Job:
+    """A checked run: what `train.run` needs, with nothing written and no ring allocated yet.
+
+    Keys of `saes`, `steps`, `hook_of`, `initial` are "<hook point>", or "<hook point>/<entry>" where
+    [[saes]] has several entries.
+    """
+
+    config: RunConfig
+    """Resolved: every "auto" replaced."""
+    device: torch.device
+    saes: dict[str, SAE]
+    steps: dict[str, StepConfig]
+    hook_of: dict[str, str]
+    initial: dict[str, dict[str, Tensor]]
+    """Parameters to start from, for raw inputs; empty where training starts afresh."""
+    widths: dict[str, int]
+    ring_dtype: torch.dtype
+    max_write: int
+    """Most rows that one forward brings."""
+    source: Source | None
+    tokens: Tokens | None
+    rows: Iterator[Tensor] | None
+    """Activations in place of a source model."""
+    mem_bytes: dict[str, int]
+
+    @property
+    def run_dir(self) -> Path:
+        assert self.config.name is not None
+        return self.config.runs_dir / self.config.name
+
+    @property
+    def n_steps(self) -> int:
+        return n_steps(self.config)
+
+    def close(self) -> None:
+        """Stop what reads in the background."""
+        if self.tokens is not None:
+            self.tokens.train.close()
+
+
+def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tensor] | None = None) -> Job:
+    """Check everything that can be checked, load the source model, open the dataset, build the SAEs.
+
+    Raises a FastSAEError, in one line, for all that a user can mend.
+    """
+    device = pick_device(config.device)
+    config = config.model_copy(
+        update={"device": str(device), "name": config.name or fresh_name(config.runs_dir)}
+    )
+    check_run_dir(config)
+    source, rows, max_write = None, None, config.step.batch_size
+    if activations is not None:
+        first, rows = _peek(activations)
+        widths, ring_dtype = {ACTIVATIONS: first.shape[1]}, first.dtype
+    else:
+        source = load_source(config.model, device, model)
+        source.check_context_size(config.data.context_size)
+        widths, ring_dtype = {hook.name: hook.width for hook in source.hooks}, source.dtype
+        max_write = config.model.batch_size * config.data.context_size
+    check_capacity(config.ring.capacity, config.step.batch_size, max_write, config.n_tokens)
+    if config.ring.dtype != "auto":
+        ring_dtype = getattr(torch, config.ring.dtype)
+
+    saes, steps, hook_of = {}, {}, {}
+    for hook, width in widths.items():
+        for name, section, step in config.variants():
+            key = f"{hook}/{name}" if name else hook
+            shape = SAEConfig(width, **section.model_dump())
+            steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config)), hook
+            dtype = torch.float64 if step.precision == "fp64" else torch.float32
+            saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)
+    initial = _initial(saes, config.init_from) if config.init_from is not None else {}
+    shapes = {key: sae.cfg for key, sae in saes.items()}
+    mem_bytes = memory.predict(config, widths, shapes, ring_dtype, max_write)
+    config = _resolved(config, ring_dtype, mem_bytes["ring"], device)
+    tokens = None
+    if source is not None:
+        tokens = open_tokens(config.data, source.tokenizer, seed=config.seed)
+        for key, sae in saes.items():
+            sae.metadata = _metadata(config, source, hook_of[key], steps[key])
+    return Job(
+        config,
+        device,
+        saes,
+        steps,
+        hook_of,
+        initial,
+        widths,
+        ring_dtype,
+        max_write,
+        source,
+        tokens,
+        rows,
+        mem_bytes,
+    )
+
+
+def n_steps(config: RunConfig) -> int:
+    """Steps of the run, the short last one included."""
+    return -(-config.n_tokens // config.step.batch_size)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first there is of cuda, mps, cpu. ConfigError where absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f'device = "{name}" cannot be used: {str(error).splitlines()[0]}') from None
+    return device
+
+
+def fresh_name(runs_dir: Path) -> str:
+    """A name by the clock that no run below `runs_dir` has."""
+    stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    names = chain([stem], (f"{stem}-{n}" for n in range(2, 1000)))
+    return next(name for name in names if not (runs_dir / name).exists())
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raise RunError where the run's name is taken or its folder could not be made."""
+    assert config.name is not None
+    run_dir = config.runs_dir / config.name
+    if run_dir.exists():
+        raise RunError(f"the run {run_dir} exists already; choose another --name, or remove it")
+    parent = next(p for p in [config.runs_dir, *config.runs_dir.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(
+            f"cannot write runs into {config.runs_dir}: {parent} is not a folder that can be written to"
+        )
+
+
+def _peek(activations: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
+    rows = iter(activations)
+    first = next(rows, None)
+    if first is None:
+        raise DataError("activations is empty")
+    if first.ndim != 2 or not first.is_floating_point():
+        raise DataError(
+            f"activations must yield floating tensors [n, d_in], not {tuple(first.shape)} {first.dtype}"
+        )
+    return first, chain([first], rows)
+
+
+def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]]:
+    found = load_all(path)
+    if len(found) == 1:
+        found = dict.fromkeys(saes, next(iter(found.values())))
+    initial = {}
+    for key, sae in saes.items():
+        if key not in found:
+            raise RunError(f"init_from = {path} has no SAE for {key}; it has {', '.join(found)}")
+        if found[key].cfg != sae.cfg:
+            raise ConfigError(
+                f"init_from = {path}: its SAE is {found[key].cfg}, but {key} is to be {sae.cfg}"
+            )
+        initial[key] = found[key].folded()
+    return initial
+
+
+def _resolved(config: RunConfig, ring_dtype: torch.dtype, ring_bytes: int, device: torch.device) -> RunConfig:
+    """Every "auto" that a resume must not decide again, written out."""
+    placement: str = config.ring.placement
+    if placement == "auto":
+        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ring_bytes
+        placement = "device" if ring_bytes <= (0.5 * room if device.type == "cuda" else room) else "host"
+    ring = config.ring.model_copy(
+        update={"placement": placement, "dtype": str(ring_dtype).removeprefix("torch.")}
+    )
+
+    def pair(section: SAESection, step: StepConfig) -> tuple[SAESection, StepConfig]:
+        shape = SAEConfig(2, **section.model_dump())  # the width decides nothing but k_aux, which stays open
+        full = resolved_step(step, shape, n_steps(config))
+        return section.model_copy(update={"k": shape.k}), full.model_copy(update={"k_aux": step.k_aux})
+
+    variants = config.variants()
+    if not variants[0][0]:
+        sae, step = pair(*variants[0][1:])
+        return config.model_copy(update={"ring": ring, "sae": sae, "step": step, "saes": ()})
+    entries = []
+    for name, section, step in variants:
+        sae, full = pair(section, step)
+        entries.append(SAEEntry(**sae.model_dump(), name=name, step=full))
+    return config.model_copy(update={"ring": ring, "saes": tuple(entries)})
+
+
+def _metadata(config: RunConfig, source: Source, hook: str, step: StepConfig) -> dict[str, Any]:
+    """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
+    topk = step.l1_coefficient is None
+    return {
+        "model_name": config.model.name,
+        "model_class_name": source.model_class_name,
+        "model_weights": source.weights,
+        "model_from_pretrained_kwargs": {},
+        "hook_name": hook,
+        "hook_head_index": None,
+        "context_size": config.data.context_size,
+        "prepend_bos": source.tokenizer is not None,
+        "seqpos_slice": [None],
+        "dataset_path": config.data.dataset,
+        "exclude_special_tokens": config.data.exclude != "none",
+        "sequence_separator_token": "bos",
+        "disable_concat_sequences": False,
+        "training_architecture": "topk" if topk else "standard",
+        "training_architecture_details": {} if topk else {"l1_coefficient": step.l1_coefficient},
+        "n_tokens": config.n_tokens,
+        "seed": config.seed,
+    }

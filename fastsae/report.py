@@ -1,0 +1,164 @@
+"""What a person sees: the live bar, the closing table, and the same figures as JSON."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastsae import memory
+from fastsae.config import RunConfig
+from fastsae.errors import RunError
+from fastsae.log import Row, Sink
+from fastsae.metrics import short_count
+from fastsae.train import CONFIG_FILE, Result
+
+Metrics = Mapping[str, Mapping[str, Any]]
+
+SUMMARY = ("l0", "fvu", "dead_fraction", "reconstruction_score", "ce_clean", "ce_spliced", "ce_zero")
+BASELINES = {
+    "mean_ablation": "mean ablation",
+    "pca": "best k principal components",
+    "random_dictionary": "random dictionary",
+}
+
+
+class ConsoleSink(Sink):
+    """A live bar that advances per batch; its figures refresh with each row of kind "train"."""
+
+    SHOWN = ("loss", "l0", "fvu")
+
+    def __init__(self, n_tokens: int, console: Console) -> None:
+        self._figures: dict[str, str] = {}
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task("train", total=n_tokens, figures="")
+        self._bar.start()
+
+    def advance(self, n_tokens: int) -> None:
+        self._bar.advance(self._task, n_tokens)
+
+    def row(self, row: Row) -> None:
+        if row["kind"] == "train":
+            shown = [f"{name} {row[name]:.3g}" for name in self.SHOWN]
+            dead = next((f"{k.split('_')[0]} {v:.1%}" for k, v in row.items() if k.startswith("dead_")), "")
+            speed = f"{short_count(round(row['tokens_per_second']))} tok/s"
+            self._figures[row["sae"]] = " ".join([*shown, dead, speed])
+            first = next(iter(self._figures))
+            more = f" (+{len(self._figures) - 1} more)" if len(self._figures) > 1 else ""
+            self._bar.update(self._task, figures=self._figures[first] + more)
+        elif "message" in row:
+            self._bar.console.print(row["message"], highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def figures_json(metrics: Metrics) -> dict[str, Any]:
+    """The closing figures: plain values for one SAE, maps by name for several.
+
+    dead_fraction is the share of latents that never fired on the validation tokens.
+    """
+    rows = {key: {**row, "dead_fraction": row.get("silent_fraction")} for key, row in metrics.items()}
+    names = (
+        *SUMMARY,
+        "mse",
+        "kl",
+        "reconstruction_score_se",
+        "n_validation_tokens",
+        "ce_reason",
+        "baselines",
+    )
+    by_name = {name: {key: row.get(name) for key, row in rows.items()} for name in names}
+    if len(rows) == 1:
+        return {name: next(iter(values.values())) for name, values in by_name.items()}
+    return by_name
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """What `fastsae train --json` prints as its last line."""
+    return {
+        "run_dir": str(result.run_dir),
+        "n_tokens": result.n_tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "interrupted": result.interrupted,
+        **figures_json(result.metrics),
+    }
+
+
+def closing_table(metrics: Metrics) -> Table:
+    """Per SAE its figures on the held-out tokens, and under it the baselines at the same l0."""
+    table = Table(title="held-out tokens", title_justify="left")
+    table.add_column("")
+    for name in ("score", "fvu", "l0", "silent", "CE", "CE clean", "CE zero"):
+        table.add_column(name, justify="right")
+    reasons = []
+    for key, row in metrics.items():
+        figures = [row.get("reconstruction_score"), row.get("fvu"), row.get("l0")]
+        silent = row.get("silent_fraction")
+        ce = [_figure(row.get(name)) for name in ("ce_spliced", "ce_clean", "ce_zero")]
+        table.add_row(key, *map(_figure, figures), "-" if silent is None else f"{silent:.1%}", *ce)
+        for name, title in BASELINES.items():
+            base = (row.get("baselines") or {}).get(name)
+            if base is not None:
+                table.add_row(
+                    f"  {title}", *(_figure(base.get(n)) for n in ("score", "fvu", "l0")), style="dim"
+                )
+        if row.get("ce_reason"):
+            reasons.append(f"{key}: no cross-entropy, {row['ce_reason']}")
+    table.caption = "\n".join(reasons) or None
+    return table
+
+
+def memory_table(mem_bytes: Mapping[str, int]) -> Table:
+    """Predicted memory per part; the source model and its forward come on top."""
+    table = Table("part", "predicted memory", title="without the source model", title_justify="left")
+    for part, n_bytes in {**mem_bytes, "total": sum(mem_bytes.values())}.items():
+        table.add_row(part, memory.text(n_bytes))
+    return table
+
+
+def info_table(facts: Mapping[str, str]) -> Table:
+    """Names and versions, two columns."""
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    return table
+
+
+def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dict[str, Any]]:
+    """Validate what is at `path` with the model and tokens of the run that it belongs to.
+
+    `read` makes the config from the run's file. Raises RunError where no run is found around `path`.
+    """
+    from dataclasses import asdict
+
+    from fastsae.checkpoint import load_all
+    from fastsae.evaluate import evaluate
+    from fastsae.prepare import pick_device
+    from fastsae.source import load_source
+    from fastsae.tokens import open_tokens
+
+    run_dir = next((p for p in [path, *path.absolute().parents] if (p / CONFIG_FILE).is_file()), None)
+    if run_dir is None:
+        raise RunError(f"{path} is not in a run folder: no {CONFIG_FILE} there or above")
+    config = read(run_dir / CONFIG_FILE)
+    device = pick_device(config.device)
+    saes = load_all(path, device=device)
+    source = load_source(config.model, device)
+    tokens = open_tokens(config.data, source.tokenizer, seed=config.seed)
+    tokens.train.close()
+    pairs = {name: (sae.metadata["hook_name"], sae) for name, sae in saes.items()}
+    results = evaluate(source, pairs, tokens.validation, batch_size=config.model.batch_size, baselines=True)
+    return {name: asdict(result) for name, result in results.items()}
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,203 @@
+"""The command line from the outside: one line and exit code 2 for what a user can mend, JSON for programs."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from fastsae import cli
+from fastsae.configfile import to_toml
+from tests.tiny_models import gpt2_config, save_model
+
+
+@pytest.fixture
+def run(config, tmp_path, monkeypatch, capfd):
+    """run(*arguments, config overrides) -> exit code, standard output, standard error."""
+
+    def call(*arguments, command="train", **overrides):
+        overrides = {"name": None, **overrides}
+        name = overrides.pop("name")
+        file = tmp_path / "config.toml"
+        text = to_toml(config(**overrides))
+        file.write_text(
+            "\n".join(line for line in text.splitlines() if name or not line.startswith('name = "run"'))
+        )
+        monkeypatch.setattr(sys, "argv", ["fastsae", command, str(file), *map(str, arguments)])
+        return outcome(capfd)
+
+    return call
+
+
+def outcome(capfd):
+    capfd.readouterr()
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def error_line(err):
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    return line
+
+
+def test_json_is_the_last_line_and_eval_repeats_it(run, tmp_path, monkeypatch, capfd):
+    code, out, err = run("--json", "--name", "mine")
+    assert code == 0, err
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["run_dir"] == str(tmp_path / "runs" / "mine") and figures["n_tokens"] == 5000
+    wanted = {
+        "tokens_per_second",
+        "l0",
+        "fvu",
+        "dead_fraction",
+        "reconstruction_score",
+        "ce_clean",
+        "ce_spliced",
+        "ce_zero",
+    }
+    assert wanted <= figures.keys()
+    assert 0 <= figures["dead_fraction"] <= 1 and figures["ce_zero"] > 1
+
+    monkeypatch.setattr(
+        sys, "argv", ["fastsae", "eval", str(tmp_path / "runs" / "mine"), "--json", "--device", "cpu"]
+    )
+    code, out, err = outcome(capfd)
+    again = json.loads(out.splitlines()[-1])
+    assert code == 0 and again["fvu"] == pytest.approx(figures["fvu"], rel=1e-5)
+    assert again["ce_spliced"] == pytest.approx(figures["ce_spliced"], rel=1e-5)
+
+
+def test_several_hook_points_give_maps(run):
+    code, out, _ = run("--json", "--hook", "blocks.*.hook_mlp_out", "--n-tokens", "300")
+    figures = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert list(figures["l0"]) == [f"blocks.{i}.hook_mlp_out" for i in range(3)]
+
+
+def test_fresh_names(run, tmp_path):
+    for _ in range(2):
+        assert run("--n-tokens", "50")[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_the_closing_table_names_the_baselines(run):
+    code, out, _ = run("--n-tokens", "300")
+    assert code == 0
+    for word in ("score", "fvu", "mean ablation", "principal components", "random dictionary"):
+        assert word in out
+
+
+def test_dry_run_checks_prints_and_writes_nothing(run, tmp_path):
+    code, out, err = run("--dry-run")
+    assert code == 0, err
+    assert "l1_coefficient = 5.0" in out and "ring" in out and "total" in out
+    assert not (tmp_path / "runs").exists()
+    code, out, _ = run("--dry-run", "--json")
+    shown = json.loads(out.splitlines()[-1])
+    row = 16 * 4
+    assert shown["mem_bytes"]["ring"] == (1200 + 4 * 16 - 1 + 128) * row
+    assert shown["mem_bytes"]["saes"] == 4 * 4 * (48 * 33 + 16)
+
+
+def test_info(monkeypatch, capfd, run):
+    monkeypatch.setattr(sys, "argv", ["fastsae", "info", "--json"])
+    code, out, _ = outcome(capfd)
+    facts = json.loads(out)
+    assert (
+        (code == 0 and facts["torch"] == torch.__version__.split("+")[0]) or facts["torch"] == torch.__version__
+    )
+    code, out, _ = run(command="info")
+    assert code == 0 and "predicted memory" in out
+
+
+BAD_FLAGS = [
+    (["--hook", "blocks.1.hook_resid_pots"], ["blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"]),
+    (["--set", "step.lrr=1"], ["step.lrr", '"lr"']),
+    (["--k", "3"], ["k = 3", "topk"]),
+    (["--activation", "topk", "--l1", "1"], ["l1_coefficient", "topk"]),
+    (["--activation", "topk", "--k", "49"], ["k = 49", "d_sae = 48"]),
+    (["--lr", "-1"], ["step.lr", "-1"]),
+    (["--lr", "nan"], ["step.lr", "nan"]),
+    (["--lr", "inf"], ["step.lr", "inf"]),
+    (["--n-tokens", "0"], ["n_tokens", "0"]),
+    (["--batch-size", "-4"], ["step.batch_size", "-4"]),
+    (["--set", "ring.capacity=100"], ["ring.capacity = 100", "128", "64", "256"]),
+    (["--set", "ring.capacity=-5"], ["ring.capacity", "-5"]),
+    (["--context-size", "64"], ["data.context_size = 64", "32"]),
+    (["--dataset", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--set", "data.text_column=body"], ["body", "text"]),
+    (["--model", "no/such/folder"], ["no/such/folder"]),
+    (["--device", "tpu"], ["tpu"]),
+    (["--device", "cuda:9"], ["cuda:9"]),
+    (["--precision", "fp8"], ["step.precision", "fp8"]),
+    (["--init-from", "nowhere"], ["nowhere"]),
+    (["--name", "a/b"], ["a/b"]),
+    (["--set", "data.n_validation_tokens=10000000"], ["validation"]),
+]
+
+
+@pytest.mark.parametrize(
+    "flags, words", BAD_FLAGS, ids=lambda v: " ".join(v) if v and v[0][:2] == "--" else ""
+)
+def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, flags, words):
+    code, _, err = run(*flags)
+    line = error_line(err)
+    assert code == 2 and "Traceback" not in err
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("empty.jsonl", "", ["empty"]),
+        ("corrupt.jsonl", '{"text": "w1 w2\n{{{', ["corrupt.jsonl"]),
+        ("corrupt.parquet", "PAR1 no parquet", ["corrupt.parquet"]),
+        ("short.jsonl", '{"text": "w1"}\n', []),
+    ],
+)
+def test_datasets_that_cannot_be_used(run, tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    code, _, err = run("--dataset", tmp_path / name)
+    assert code == 2 and "Traceback" not in err
+    assert all(word in error_line(err) for word in words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_folder_without_weights(run, tmp_path):
+    save_model("gpt2", tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.unlink()
+    gpt2_config().save_pretrained(tmp_path / "model")
+    code, _, err = run("--model", tmp_path / "model")
+    assert code == 2 and "weights" in error_line(err) and not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_not_touched(run, tmp_path):
+    assert run("--name", "twice", "--n-tokens", "50")[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "twice").rglob("*")}
+    code, _, err = run("--name", "twice", "--n-tokens", "50")
+    assert code == 2 and "exists already" in error_line(err)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "twice").rglob("*")}
+
+
+def test_a_runs_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run("--runs-dir", tmp_path / "file")
+    assert code == 2 and "cannot write" in error_line(err)
+
+
+def test_unknown_flags_and_files(monkeypatch, capfd, run):
+    assert run("--lrr", "1")[0] == 2
+    monkeypatch.setattr(sys, "argv", ["fastsae", "train", "none.toml"])
+    code, _, err = outcome(capfd)
+    assert code == 2 and "none.toml" in error_line(err)
+    monkeypatch.setattr(sys, "argv", ["fastsae", "eval", "nowhere"])
+    code, _, err = outcome(capfd)
+    assert code == 2 and "nowhere" in error_line(err)

@@ -1,0 +1,289 @@
+"""Whole runs on a random model of three layers, and on activations from a known dictionary."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastsae
+from fastsae.checkpoint import checkpoints
+from fastsae.configfile import load_config
+from fastsae.evaluate import evaluate
+from fastsae.log import Sink
+from fastsae.prepare import prepare
+from fastsae.source import load_source
+from fastsae.tokens import open_tokens
+from tests.tiny_models import D_MODEL
+from tests.worlds import HOOK
+
+
+def rows(run_dir, kind):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def weights(result, key=HOOK):
+    return {name: t.detach().clone() for name, t in result.saes[key].state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Count(Sink):
+    """What the loop said of its progress."""
+
+    def __init__(self):
+        self.batches, self.rows = [], []
+
+    def advance(self, n_tokens):
+        self.batches.append(n_tokens)
+
+    def row(self, row):
+        self.rows.append(row)
+
+
+def test_a_run_from_start_to_end(config, tmp_path):
+    count = Count()
+    result = fastsae.train(config(), sinks=[count])
+    assert result.n_tokens == 5000 == sum(count.batches) == rows(result.run_dir, "train")[-1]["n_tokens"]
+    assert count.batches[:-1] == [128] * 39 and count.batches[-1] == 8, "the last batch is short"
+    assert result.run_dir == tmp_path / "runs" / "run"
+    sae = fastsae.load(result.run_dir)
+    x = 7 * torch.randn(9, D_MODEL)
+    torch.testing.assert_close(sae(x), result.saes[HOOK](x))
+    figures = result.metrics[HOOK]
+    assert 0 < figures["fvu"] < 2 and 600 <= figures["n_validation_tokens"] < 616
+    assert figures["ce_zero"] is not None and "dead_fraction_10M" in figures
+    assert sae.metadata["hook_name"] == HOOK and sae.metadata["model_weights"] == "raw"
+    resolved = load_config(result.run_dir / "config.toml")
+    assert (
+        resolved.ring.placement == "device"
+        and resolved.ring.dtype == "float32"
+        and resolved.step.l1_coefficient == 5
+    )
+    assert [row["step"] for row in rows(result.run_dir, "train")] == [10, 20, 30, 40]
+
+
+def test_same_seed_same_bits_and_other_seed_others(config):
+    a, b, c = (weights(fastsae.train(config(name=n, seed=s))) for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_the_resolved_config_repeats_the_run(config):
+    first = fastsae.train(config(name="a", sae={"activation": "topk", "k": 4}))
+    again = load_config(first.run_dir / "config.toml", {"name": "again"})
+    assert same(weights(first), weights(fastsae.train(again)))
+
+
+def test_hook_points_together_equal_hook_points_apart(config):
+    hooks = ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"]
+    together = fastsae.train(config(name="both", model={"hook": hooks}))
+    assert list(together.saes) == hooks
+    for hook in hooks:
+        alone = fastsae.train(config(name=hook, model={"hook": [hook]}))
+        assert same(weights(alone, hook), weights(together, hook))
+        assert alone.metrics[hook]["fvu"] == pytest.approx(together.metrics[hook]["fvu"], rel=1e-6)
+    assert list(fastsae.load_all(together.run_dir)) == hooks
+    with pytest.raises(
+        fastsae.RunError, match=r"several SAEs: blocks\.1\.hook_resid_post, blocks\.2\.hook_mlp_out"
+    ):
+        fastsae.load(together.run_dir)
+
+
+def test_several_saes_per_hook_point(config):
+    entries = [{"activation": "topk", "k": 2}, {"activation": "topk", "k": 8, "d_sae": 64, "name": "wide"}]
+    result = fastsae.train(config(saes=entries))
+    assert list(result.saes) == [f"{HOOK}/topk-k=2", f"{HOOK}/wide"]
+    for key, (k, d_sae) in zip(result.saes, [(2, 48), (8, 64)], strict=True):
+        sae = fastsae.load(result.run_dir / "saes" / key)
+        assert (sae.cfg.k, sae.cfg.d_sae) == (k, d_sae)
+        assert result.metrics[key]["l0"] <= k
+    alone = fastsae.train(config(name="alone", sae={"activation": "topk", "k": 2}))
+    assert same(weights(alone), weights(result, f"{HOOK}/topk-k=2"))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 50, 128, 1199, 1200, 1201, 2400])
+def test_any_number_of_tokens(config, n_tokens):
+    """Fewer than a batch, fewer than a fill, exactly a fill, exactly between two."""
+    count = Count()
+    result = fastsae.train(config(n_tokens=n_tokens), sinks=[count])
+    assert result.n_tokens == n_tokens == sum(count.batches)
+    assert checkpoints(result.run_dir)[-1].name == f"{n_tokens:012d}"
+
+
+def test_frequencies_are_multiples_that_do_not_drift(config):
+    result = fastsae.train(config(save={"checkpoint_every": 1000, "validate_every": 900}))
+    assert [int(p.name) for p in checkpoints(result.run_dir)] == [1024, 2048, 3072, 4096, 5000]
+    assert [row["n_tokens"] for row in rows(result.run_dir, "validation")] == [
+        1024,
+        1920,
+        2816,
+        3712,
+        4608,
+        5000,
+    ]
+    for row in rows(result.run_dir, "validation"):
+        assert row["n_tokens"] in [r["n_tokens"] for r in rows(result.run_dir, "train")]
+
+
+def test_only_the_newest_checkpoints_are_kept(config):
+    result = fastsae.train(config(save={"checkpoint_every": 1000, "keep": 2}))
+    assert [int(p.name) for p in checkpoints(result.run_dir)] == [4096, 5000]
+    assert not [p for p in (result.run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def test_a_checkpoint_reconstructs_as_its_row_says(config, world):
+    """Raw activations in, raw activations out, at a moment when the biases are scaled."""
+    run = config(save={"checkpoint_every": 2500, "validate_every": 2500})
+    result = fastsae.train(run)
+    middle = checkpoints(result.run_dir)[0]
+    row = next(r for r in rows(result.run_dir, "validation") if r["n_tokens"] == int(middle.name))
+    exact = load_file(middle / "saes" / HOOK / "step.safetensors")
+    assert abs(float(exact["sae.scale"]) - 1) > 0.01
+    sae = fastsae.load(middle)
+    source = load_source(run.model, torch.device("cpu"))
+    tokens = open_tokens(run.data, source.tokenizer, seed=0)
+    acts = []
+    source.forward(tokens.validation.tokens, [(HOOK, acts.append)], stop=True)
+    x = acts[0][tokens.validation.keep].double()
+    error = (sae(x.float()).double() - x).square().sum(1)
+    assert error.mean().item() == pytest.approx(row["mse"], rel=1e-4)
+    assert (error.sum() / (x - x.mean(0)).square().sum()).item() == pytest.approx(row["fvu"], rel=1e-4)
+    again = evaluate(source, {"x": (HOOK, sae)}, tokens.validation, batch_size=4)["x"]
+    assert again.ce_spliced == pytest.approx(row["ce_spliced"], rel=1e-4)
+
+
+def test_a_dataset_that_ends_early_ends_the_run_cleanly(config):
+    result = fastsae.train(config(n_tokens=10**6))
+    assert 5000 < result.n_tokens < 20_000 and not result.interrupted
+    assert int(checkpoints(result.run_dir)[-1].name) == result.n_tokens
+    (warning,) = rows(result.run_dir, "warning")
+    assert "the dataset ended" in warning["message"] and "on_exhausted" in warning["message"]
+    assert result.metrics[HOOK]["n_validation_tokens"] >= 600
+
+
+def test_or_another_epoch_begins(config):
+    result = fastsae.train(config(n_tokens=40_000, data={"on_exhausted": "repeat"}))
+    assert result.n_tokens == 40_000
+
+
+class Interrupt(Count):
+    """Ctrl-C at the third batch."""
+
+    def advance(self, n_tokens):
+        super().advance(n_tokens)
+        if len(self.batches) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_with_a_checkpoint(config):
+    handler = signal.getsignal(signal.SIGINT)
+    result = fastsae.train(config(), sinks=[Interrupt()])
+    assert result.interrupted and result.n_tokens == 3 * 128
+    assert int(checkpoints(result.run_dir)[-1].name) == 384
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert rows(result.run_dir, "train")[-1]["n_tokens"] == 384
+    whole = fastsae.train(config(name="whole", save={"checkpoint_every": 384}))
+    assert same(
+        load_file(checkpoints(result.run_dir)[-1] / "saes" / HOOK / "step.safetensors"),
+        load_file(checkpoints(whole.run_dir)[0] / "saes" / HOOK / "step.safetensors"),
+    ), "a step was not cut in half"
+
+
+def test_training_can_start_from_an_sae(config):
+    first = fastsae.train(config(name="first"))
+    second = prepare(config(name="second", init_from=str(first.run_dir)))
+    second.close()
+    x = torch.randn(5, D_MODEL)
+    result = fastsae.train(config(name="third", init_from=str(first.run_dir), n_tokens=1, step={"lr": 1e-30}))
+    torch.testing.assert_close(result.saes[HOOK](x), first.saes[HOOK](x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(fastsae.ConfigError, match="init_from"):
+        fastsae.train(config(name="fourth", init_from=str(first.run_dir), sae={"d_sae": 49}))
+
+
+def synthetic(n_batches, *, d_in=32, n_features=64, l0=3, seed=0):
+    """The unit rows of a dictionary, and batches of sparse positive combinations of them."""
+    gen = torch.Generator().manual_seed(seed)
+    truth = torch.randn(n_features, d_in, generator=gen)
+    truth /= truth.norm(dim=1, keepdim=True)
+
+    def batches():
+        for _ in range(n_batches):
+            active = torch.rand(1024, n_features, generator=gen) < l0 / n_features
+            yield (active * (0.5 + torch.rand(1024, n_features, generator=gen))) @ truth
+
+    return truth, batches()
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_a_known_dictionary_is_recovered(activation, tmp_path):
+    truth, batches = synthetic(400)
+    extra = {"activation": "topk", "k": 4} if activation == "topk" else {}
+    step = {"batch_size": 512, "lr": 4e-3, **({"l1_coefficient": 1.5} if activation == "relu" else {})}
+    run = load_config(
+        None,
+        {
+            "runs_dir": str(tmp_path),
+            "n_tokens": 400_000,
+            "device": "cpu",
+            "sae": {"d_sae": 96, **extra},
+            "step": step,
+            "ring": {"capacity": 6000},
+        },
+    )
+    result = fastsae.train(run, activations=batches)
+    W_dec = result.saes["activations"].W_dec.detach()
+    cosines = truth @ (W_dec / W_dec.norm(dim=1, keepdim=True)).T
+    found = (cosines.max(1).values > 0.9).float().mean().item()
+    assert found > 0.9, found
+
+
+def test_a_non_finite_loss_stops_with_step_checkpoint_and_config(tmp_path):
+    chunks = [torch.randn(256, 8) for _ in range(20)]
+    chunks[12][3] = float("nan")
+    run = load_config(
+        None,
+        {
+            "name": "bad",
+            "runs_dir": str(tmp_path),
+            "n_tokens": 5000,
+            "device": "cpu",
+            "sae": {"d_sae": 16},
+            "step": {"batch_size": 64},
+            "ring": {"capacity": 1200},
+            "save": {"checkpoint_every": 500},
+            "log": {"every": 5},
+        },
+    )
+    with pytest.raises(
+        fastsae.NonFiniteLossError,
+        match=r"step \d+; last good checkpoint: .*checkpoints/\d+; config: .*config.toml",
+    ):
+        fastsae.train(run, activations=chunks)
+
+
+@pytest.mark.parametrize(
+    "chunks, words",
+    [
+        ([], "empty"),
+        ([torch.zeros(3)], r"\[n, d_in\]"),
+        ([torch.zeros(3, 2), torch.zeros(2, 5)], r"\(2, 5\)"),
+    ],
+)
+def test_activations_that_do_not_fit_are_named(chunks, words, tmp_path):
+    run = load_config(None, {"runs_dir": str(tmp_path), "n_tokens": 5, "device": "cpu", "sae": {"d_sae": 4}})
+    with pytest.raises(fastsae.DataError, match=words):
+        fastsae.train(run, activations=chunks)
+
+
+def test_wandb_offline(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    result = fastsae.train(config(n_tokens=600, log={"wandb": "project", "every": 2}))
+    assert list(Path(result.run_dir).glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,356 @@
+"""The source model: load it, resolve its hook points, run it with our hooks and stop behind the last of them.
+
+A forward stops by an exception of our own, raised in the hook that fires last. TransformerLens'
+`stop_at_layer` knows only the `blocks` stack and block borders, and the bridges of encoders (BERT) ignore
+it and return full logits; the exception works for every model, and in the middle of a block.
+"""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastsae.boot import boot, first_line, weights_of
+from fastsae.config import ModelConfig
+from fastsae.errors import SourceError
+
+# Hook points that fire only while a switch of TransformerLens is on: end of the name -> the switch.
+SWITCHES = {
+    "attn.hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+    "hook_attn_in": "use_attn_in",
+}
+
+HookFn = Callable[[Tensor], Tensor | None]
+"""Takes activations [n, context, width]; what it returns, if anything, takes their place."""
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One place in the source model."""
+
+    name: str
+    """As the user wrote it, or as a pattern expanded to it."""
+    resolved: str
+    """The model's own name for the place."""
+    layer: int | None
+    """The first number in the name."""
+    width: int
+    """Size of its activations per token; heads are laid side by side."""
+
+
+class _Stop(BaseException):
+    """Ends a forward; no Exception, so that no handler inside the model takes it for a failure."""
+
+
+@dataclass
+class Source:
+    """A source model, ready to run.
+
+    Args:
+        model: TransformerBridge or HookedTransformer; used where it is, never moved.
+        tokenizer: None where there is none: the dataset must then be tokenised already.
+        weights: "raw" (Hugging Face's numbers) or "processed" (folded by TransformerLens).
+    """
+
+    model: Any
+    tokenizer: Any
+    weights: str
+    hooks: tuple[HookPoint, ...] = ()
+    ce_reason: str | None = None
+    """Why the model's cross-entropy means nothing; None where it does."""
+    dtype: torch.dtype = field(init=False)
+    device: torch.device = field(init=False)
+    d_vocab: int = field(init=False)
+    n_ctx: int | None = field(init=False)
+    model_class_name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameter = next(p for p in self.model.parameters() if p.is_floating_point())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        self.d_vocab = int(self.model.cfg.d_vocab)
+        self.n_ctx = int(getattr(self.model.cfg, "n_ctx", None) or 0) or None
+        self.model_class_name = type(self.model).__name__
+        inner = getattr(self.model, "original_model", None)
+        self._modules = (*self.model.modules(), *(inner.modules() if inner is not None else ()))
+        self._options = _frugal_options(inner)
+
+    def check_context_size(self, context_size: int) -> None:
+        """Raise SourceError where the model cannot take contexts of `context_size` tokens."""
+        if self.n_ctx is not None and context_size > self.n_ctx:
+            raise SourceError(
+                f"data.context_size = {context_size} is more than the {self.n_ctx} tokens that the model takes; "
+                f"use at most {self.n_ctx}"
+            )
+
+    def to_device(self, tokens: Int[Tensor, "n context"]) -> Int[Tensor, "n context"]:
+        """CPU tokens on the model's device; a GPU is not waited for."""
+        if self.device.type != "cuda" or tokens.is_cuda:
+            return tokens.to(self.device)
+        return tokens.pin_memory().to(self.device, non_blocking=True)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "n context"],
+        hooks: Sequence[tuple[str, HookFn]] = (),
+        *,
+        stop: bool = False,
+    ) -> Float[Tensor, "n context d_vocab"] | None:
+        """One forward on tokens as they are, in eval mode, with hooks at places given by `resolved` name.
+
+        With `stop` nothing runs behind the hook that fires last, and None is returned. On leaving, also by
+        an exception, our hooks are gone, and modes, switches and the user's own hooks are as they were.
+
+        Raises SourceError if a hook did not fire.
+        """
+        logits, silent = self._run(tokens, hooks, stop)
+        if silent:
+            raise SourceError(f"{', '.join(silent)} did not fire in a forward")
+        return logits
+
+    @torch.no_grad()
+    def _run(
+        self, tokens: Tensor, hooks: Sequence[tuple[str, HookFn]], stop: bool
+    ) -> tuple[Tensor | None, list[str]]:
+        """`forward`, and the places that did not fire."""
+        points, waiting = self.model.hook_dict, set(range(len(hooks)))
+
+        def attached(number: int, fn: HookFn) -> Callable[..., Tensor | None]:
+            def hook_fn(acts: Tensor, hook: Any) -> Tensor | None:
+                waiting.discard(number)
+                heads = acts.shape[2:] if acts.ndim > 3 else None
+                new = fn(acts if heads is None else acts.flatten(2))
+                if stop and not waiting:
+                    raise _Stop
+                return new if new is None or heads is None else new.reshape(*new.shape[:2], *heads)
+
+            return hook_fn
+
+        with ExitStack() as cleanup:
+            cleanup.enter_context(eval_mode(self._modules))
+            cleanup.enter_context(_switched_on(self.model, [name for name, _ in hooks]))
+            for number, (name, fn) in enumerate(hooks):
+                points[name].add_hook(attached(number, fn))
+                cleanup.callback(_detach, points[name], points[name].fwd_hooks[-1])
+            try:
+                logits = self.model(self.to_device(tokens), return_type="logits", **self._options)
+            except _Stop:
+                logits = None
+        return logits, [hooks[number][0] for number in sorted(waiting)]
+
+
+def load_source(cfg: ModelConfig, device: torch.device, model: Any | None = None) -> Source:
+    """Load the model that `cfg` names, or take `model`, and resolve its hook points.
+
+    `model` may be a TransformerBridge or a HookedTransformer; it stays as it is, so `cfg.dtype` and
+    `cfg.weights` do not act on it. Raises SourceError, in one line, for all that a user can mend.
+    """
+    missing: tuple[str, ...] = ()
+    if model is None:
+        model, tokenizer, missing = boot(cfg, device)
+        source = Source(model, tokenizer, cfg.weights)
+    else:
+        if isinstance(model, nn.DataParallel):
+            warnings.warn("the model is unwrapped from DataParallel: it runs on one device", stacklevel=2)
+            model = model.module
+        if not hasattr(model, "hook_dict"):
+            raise SourceError(
+                f"model is a {type(model).__name__}; give a TransformerBridge or a HookedTransformer of TransformerLens"
+            )
+        source = Source(model, getattr(model, "tokenizer", None), weights_of(model))
+        if (source.device.type, source.device.index or 0) != (device.type, device.index or 0):
+            raise SourceError(
+                f"the model is on {source.device} and the run on {device}; move the model, or set device"
+            )
+        if source.weights != cfg.weights:
+            warnings.warn(
+                f"the model's weights are {source.weights}; model.weights is not used", stacklevel=2
+            )
+    source.hooks = resolve_hooks(source.model, cfg.hook)
+    source.ce_reason = _no_cross_entropy(source, missing)
+    return source
+
+
+def resolve_hooks(model: Any, patterns: Sequence[str]) -> tuple[HookPoint, ...]:
+    """The hook points that names and patterns stand for; `*` matches within one part of a name.
+
+    Two tiny forwards tell which places fire, and how wide their activations are. Raises SourceError for
+    no name, an unknown one, a place named twice, one that never fires or fires twice in a forward, and one
+    whose activations are not [batch, pos, width] or [batch, pos, head, d_head].
+    """
+    resolved: dict[str, str] = {}
+    for pattern in patterns:
+        for name, place in _expand(model, pattern).items():
+            if place in resolved:
+                raise SourceError(f"model.hook: {name} and {resolved[place]} are the same place; drop one")
+            resolved[place] = name
+    if not resolved:
+        raise SourceError(
+            'model.hook names no hook point; for example model.hook = "blocks.1.hook_resid_pre"'
+        )
+    source = Source(model, None, "")
+    seen = [_probe(source, list(resolved), length) for length in _probe_lengths(source)]
+    found = []
+    for place, name in resolved.items():
+        shapes = [shapes[place] for shapes in seen]
+        problem = _problem(shapes, _probe_lengths(source))
+        if problem:
+            raise SourceError(f"{name} {problem}; it cannot be trained on")
+        layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", place)
+        found.append(HookPoint(name, place, int(layer[1]) if layer else None, shapes[0][0][2]))
+    return tuple(found)
+
+
+def _expand(model: Any, pattern: str) -> dict[str, str]:
+    """name -> resolved name of everything that `pattern` matches, by layer; one name for a place."""
+    names = {name: point.name or name for name, point in model.hook_dict.items()}
+    if "*" not in pattern and pattern in names:
+        return {pattern: names[pattern]}
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]*"))
+    matches = [name for name in names if regex.fullmatch(name)] if "*" in pattern else []
+    if not matches:
+        concrete = pattern.replace("*", "0")
+        near = get_close_matches(concrete, names, n=5, cutoff=0.6) or sorted(names)[:5]
+        raise SourceError(f"model.hook: the model has no {pattern}; nearest: {', '.join(near)}")
+    matches.sort(
+        key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    )
+    first: dict[str, str] = {}
+    for name in matches:
+        first.setdefault(names[name], name)
+    return {name: place for place, name in first.items()}
+
+
+def _probe_lengths(source: Source) -> tuple[int, int]:
+    longest = min(4, source.n_ctx or 4)
+    return longest, max(longest - 1, 1)
+
+
+def _probe_tokens(source: Source, length: int) -> Int[Tensor, "2 length"]:
+    """Two contexts that differ in their last token."""
+    tokens = torch.arange(1, length + 1).repeat(2, 1)
+    tokens[1, -1] += 1
+    return tokens % source.d_vocab
+
+
+def _probe(source: Source, places: list[str], length: int) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each place saw in one forward, heads flattened; () for what is no activation."""
+    seen: dict[str, list[tuple[int, ...]]] = {place: [] for place in places}
+
+    def record(shapes: list[tuple[int, ...]]) -> HookFn:
+        def fn(acts: Tensor) -> None:
+            shapes.append(tuple(acts.shape) if acts.is_floating_point() else ())
+
+        return fn
+
+    source._run(_probe_tokens(source, length), [(place, record(seen[place])) for place in places], stop=False)
+    return seen
+
+
+def _problem(seen: Sequence[list[tuple[int, ...]]], lengths: Sequence[int]) -> str | None:
+    """What is wrong with a place that saw these shapes in forwards of 2 contexts of these lengths."""
+    if any(len(shapes) != 1 for shapes in seen):
+        n = max(len(shapes) for shapes in seen)
+        return f"fires {n} times in a forward" if n else "never fires in a forward of this model"
+    shapes = [shapes[0] for shapes in seen]
+    if any(len(shape) != 3 or shape[:2] != (2, n) for shape, n in zip(shapes, lengths, strict=True)) or (
+        shapes[0][2] != shapes[1][2]
+    ):
+        return "does not yield one activation per token ([batch, pos, width] or [batch, pos, head, d_head])"
+    return None
+
+
+def _no_cross_entropy(source: Source, missing: Iterable[str]) -> str | None:
+    """Why the model's next-token cross-entropy means nothing; None where it does.
+
+    Causality is measured: a last token that changes earlier logits says more than a config.
+    """
+    name, cfg = source.model_class_name, source.model.cfg
+    inner = getattr(source.model, "original_model", None)
+    if inner is not None:
+        name = type(inner).__name__
+    logits = source.forward(_probe_tokens(source, _probe_lengths(source)[0]))
+    sizes = {source.d_vocab, int(getattr(cfg, "d_vocab_out", source.d_vocab))}
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[-1] not in sizes:
+        return f"{name} yields no next-token logits"
+    early = logits[:, :-1].float()
+    causal = (early[0] - early[1]).abs().max() <= 1e-3 * early.abs().max()
+    declared = (
+        getattr(cfg, "attention_dir", "causal") == "causal"
+        and getattr(getattr(source.model, "adapter", None), "supports_causal_loss", True)
+        and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    )
+    if not (causal and declared):
+        return f"{name} is not a causal language model"
+    if missing := sorted(missing):
+        return f"the weights hold no language-model head ({missing[0]} is missing), so its output is random"
+    return None
+
+
+def _frugal_options(inner: Any) -> dict[str, bool]:
+    """Keyword arguments that keep a Hugging Face model from collecting attention patterns and a KV cache.
+
+    TransformerLens loads models with `output_attentions` on; its hooks work without.
+    """
+    if inner is None:
+        return {}
+    parameters = inspect.signature(type(inner).forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    options = {
+        "use_cache": "use_cache" in parameters,
+        "output_attentions": anything or "output_attentions" in parameters,
+    }
+    return {name: False for name, known in options.items() if known}
+
+
+def _switch(place: str) -> str | None:
+    return next((switch for end, switch in SWITCHES.items() if place.endswith(end)), None)
+
+
+@contextmanager
+def _switched_on(model: Any, places: Iterable[str]) -> Iterator[None]:
+    """TransformerLens' switches that these places need are on inside, and off again where they were off.
+
+    Raises SourceError where the model refuses one.
+    """
+    wanted = {switch: place for place in places if (switch := _switch(place))}
+    with ExitStack() as cleanup:
+        for switch, place in sorted(wanted.items()):
+            set_switch = getattr(model, f"set_{switch}", None)
+            if set_switch is None or getattr(model.cfg, switch, False):
+                continue
+            cleanup.callback(set_switch, False)
+            try:
+                set_switch(True)
+            except (NotImplementedError, ValueError, AssertionError) as error:
+                raise SourceError(f"{place} needs {switch}, which fails: {first_line(error)}") from None
+        yield
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Every module is in eval mode inside, and in its own mode again afterwards."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _detach(point: Any, handle: Any) -> None:
+    handle.hook.remove()
+    point.fwd_hooks.remove(handle)

@@ -13,8 +13,7 @@ MEDIAN_ROWS = 65_536  # rows that the geometric median looks at; its error falls
 
 def mean_norm(chunks: Iterable[Float[Tensor, "n d"]]) -> Float[Tensor, ""]:
     """Mean euclidean norm over all rows."""
-    sums = [(chunk.float().norm(dim=-1).sum(dtype=torch.float64), len(chunk)) for chunk in chunks]
-    return torch.stack([s for s, _ in sums]).sum() / max(sum(n for _, n in sums), 1)
+    return torch.cat([chunk.float().norm(dim=-1).cpu() for chunk in chunks]).double().mean()
 
 
 def geometric_median(

@@ -37,8 +37,8 @@ def auxk(
 
 def aux_acts(pre_acts: Tensor, dead_mask: Tensor, k_aux: int) -> Tensor:
     """The k_aux largest positive pre-activations among dead latents, 0 elsewhere."""
-    candidates = torch.where(dead_mask, pre_acts.relu(), 0)
-    return torch.where(largest(candidates, k_aux), candidates, 0)
+    candidates = pre_acts.relu() * dead_mask
+    return candidates * largest(candidates, k_aux)
 
 
 def aux_weight(residual: Tensor, dead_mask: Tensor, k_aux: int) -> Tensor:

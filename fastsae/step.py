@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.activations import ACTIVE
+from fastsae.activations import activate, where_active
 from fastsae.config import SAEConfig, StepConfig, resolved_step
 from fastsae.errors import ConfigError
 from fastsae.losses import aux_acts, aux_weight
@@ -66,8 +66,7 @@ def gradients(
     W_enc, W_dec = sae.W_enc.to(compute), sae.W_dec.to(compute)
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(compute)
     pre_acts = torch.addmm(sae.b_enc.to(compute), centred, W_enc)
-    active = ACTIVE[cfg.activation](pre_acts, cfg)
-    acts = torch.where(active, pre_acts, 0)
+    acts = activate(pre_acts, cfg)
 
     error = (acts @ W_dec).to(acc) + sae.b_dec - target
     g = error * (2 / batch)
@@ -80,7 +79,7 @@ def gradients(
         g_pre += (l1_coefficient / batch * norms).to(compute)
         if cfg.decoder_norm == "free":
             g_W_dec += (l1_coefficient / batch * acts_sum / norms.clamp(min=TINY))[:, None] * sae.W_dec
-    g_pre = torch.where(active, g_pre, 0)
+    g_pre = where_active(g_pre, acts)
 
     mse, l1 = error.square().sum() / batch, (acts_sum * norms).sum() / batch
     auxk = torch.zeros_like(mse)
@@ -90,7 +89,7 @@ def gradients(
         error_aux = (dead_acts @ W_dec).to(acc) - residual
         auxk = weight * error_aux.square().sum() / batch
         g_aux = (error_aux * (2 * auxk_coefficient / batch * weight)).to(compute)
-        g_pre += torch.where(dead_acts > 0, g_aux @ W_dec.T, 0)
+        g_pre += where_active(g_aux @ W_dec.T, dead_acts)
         g_W_dec += (dead_acts.T @ g_aux).to(acc)
 
     g_b_enc = g_pre.sum(0, dtype=acc)
@@ -98,8 +97,8 @@ def gradients(
     if cfg.apply_b_dec_to_input:
         g_b_dec = g_b_dec - sae.W_enc @ g_b_enc
     loss = mse + l1_coefficient * l1 + auxk_coefficient * auxk
-    out = StepOutput(loss, mse, l1, auxk, active.sum().to(acc) / batch)
-    return Gradients((g_pre.T @ centred).to(acc), g_b_enc, g_W_dec, g_b_dec, out, active.any(0))
+    out = StepOutput(loss, mse, l1, auxk, acts.count_nonzero().to(acc) / batch)
+    return Gradients((g_pre.T @ centred).to(acc), g_b_enc, g_W_dec, g_b_dec, out, acts.amax(0) > 0)
 
 
 class TrainStep:

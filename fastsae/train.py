@@ -93,8 +93,8 @@ def _loop(job: Job, sink: Sink, stop: threading.Event) -> Result:
         placement=config.ring.placement,
         seed=config.seed,
     )
-    fill = _filler(job, ring, stop)
-    fill()
+    more = _feeder(job, ring, stop)
+    ring.fill(more)
     if ring.n_written == 0:
         raise DataError("the dataset ended before its first activation; nothing was trained")
     for key, sae in job.saes.items():
@@ -143,7 +143,7 @@ def _loop(job: Job, sink: Sink, stop: threading.Event) -> Result:
             last_checkpoint = save_checkpoint(job.run_dir, n_tokens, steps, state, save.keep)
 
     try:
-        for batch in ring.batches(fill):
+        for batch in ring.batches(more):
             for key, step in steps.items():
                 step(batch[job.hook_of[key]])
             n_rows = len(next(iter(batch.values())))
@@ -192,23 +192,21 @@ def crossed(n: int, n_new: int, every: int | None) -> bool:
     return every is not None and n // every > (n - n_new) // every
 
 
-def _filler(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], None]:
-    """What fills the ring, one forward (or one piece of given activations) after the other."""
+def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], bool]:
+    """What brings more rows: one forward, or one piece of given activations; an interrupt ends it in between."""
     if job.rows is None:
         assert job.source is not None
         assert job.tokens is not None
-        more = Harvester(job.source, job.tokens.train, ring, job.config.model.batch_size).forward
+        write = Harvester(job.source, job.tokens.train, ring, job.config.model.batch_size).forward
     else:
-        more = _pieces(job.rows, ring, job.max_write)
+        write = _pieces(job.rows, ring, job.max_write)
 
-    def fill() -> None:
-        while ring.accepts():
-            if stop.is_set():
-                raise KeyboardInterrupt
-            if not more():
-                ring.end()
+    def more() -> bool:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        return write()
 
-    return fill
+    return more
 
 
 def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[], bool]:

@@ -108,9 +108,9 @@ def test_info(monkeypatch, capfd, run):
     monkeypatch.setattr(sys, "argv", ["fastsae", "info", "--json"])
     code, out, _ = outcome(capfd)
     facts = json.loads(out)
-    assert (
-        (code == 0 and facts["torch"] == torch.__version__.split("+")[0]) or facts["torch"] == torch.__version__
-    )
+    assert (code == 0 and facts["torch"] == torch.__version__.split("+")[0]) or facts[
+        "torch"
+    ] == torch.__version__
     code, out, _ = run(command="info")
     assert code == 0 and "predicted memory" in out
 

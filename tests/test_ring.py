@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benches.mixing import BATCH, CAPACITY, CONTEXT, N_ROWS, half_refill_batches, mixing, ring_batches
 from fastsae.errors import ConfigError
 from fastsae.ring import RingBuffer
 
@@ -10,23 +11,22 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    """Forwards of `per_forward` rows numbered from 0; feeds a ring until it is full or the stream is over."""
+    """Forwards of `per_forward` rows, numbered from 0, of `n` in all."""
 
     def __init__(self, ring: RingBuffer, per_forward: int, n: int) -> None:
         self.ring, self.per_forward, self.n, self.at = ring, per_forward, n, 0
 
-    def fill(self) -> None:
-        while self.ring.accepts():
-            m = min(self.per_forward, self.n - self.at)
-            if m == 0:
-                self.ring.end()
-                return
-            ids = torch.arange(self.at, self.at + m)
-            positions = torch.stack([ids, -ids - 1], 1).flatten().float()[:, None]  # every second row is kept
-            with self.ring.writing(torch.arange(0, 2 * m, 2)) as write:
-                write("a", positions)
-                write("b", 2 * positions.expand(-1, 3))
-            self.at += m
+    def more(self) -> bool:
+        m = min(self.per_forward, self.n - self.at)
+        if m == 0:
+            return False
+        ids = torch.arange(self.at, self.at + m)
+        positions = torch.stack([ids, -ids - 1], 1).flatten().float()[:, None]  # every second row is kept
+        with self.ring.writing(torch.arange(0, 2 * m, 2)) as write:
+            write("a", positions)
+            write("b", 2 * positions.expand(-1, 3))
+        self.at += m
+        return True
 
 
 def run(capacity, batch_size, n_rows, per_forward, n_stream, seed=0):
@@ -34,7 +34,7 @@ def run(capacity, batch_size, n_rows, per_forward, n_stream, seed=0):
         {"a": 1, "b": 3}, capacity, batch_size, n_rows=n_rows, max_write=per_forward, device=CPU, seed=seed
     )
     stream = Stream(ring, per_forward, n_stream)
-    return ring, [{k: v.clone() for k, v in b.items()} for b in ring.batches(stream.fill)]
+    return ring, [{k: v.clone() for k, v in b.items()} for b in ring.batches(stream.more)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,54 +104,21 @@ def test_casts_and_columns_of_their_own_type():
     )
     acts, ids = torch.randn(12, 2), torch.arange(24, dtype=torch.int32).view(12, 2)
 
-    def fill():
+    def more():
         with ring.writing(torch.arange(12)) as write:
             write("a", acts)
             write("ids", ids)
+        return True
 
-    (batch,) = ring.batches(fill)
+    (batch,) = ring.batches(more)
     order = batch["ids"][:, 0].long() // 2
     assert torch.equal(batch["a"], acts[order].bfloat16())
     assert batch["ids"].dtype == torch.int32
 
 
-def distinct_and_neighbours(batches, context):
-    distinct, same, pairs = [], 0, 0
-    for ids in batches:
-        sequence = ids // context
-        distinct.append(len(sequence.unique()))
-        same += int((sequence[1:] == sequence[:-1]).sum())
-        pairs += len(sequence) - 1
-    return sum(distinct) / len(distinct), same / pairs
-
-
-def classic_half_refill(capacity, batch_size, n):
-    """The buffer that peers use: draw half of it at random, refill the drawn slots, repeat."""
-    gen = torch.Generator().manual_seed(0)
-    buffer, at = torch.arange(capacity), capacity
-    while at + capacity // 2 <= n:
-        order = torch.randperm(capacity, generator=gen)[: capacity // 2]
-        yield from (buffer[slots] for slots in order.split(batch_size) if len(slots) == batch_size)
-        buffer[order] = torch.arange(at, at + capacity // 2)
-        at += capacity // 2
-
-
 def test_mixing_at_capacity_500000():
-    capacity, context, batch_size, n = 500_000, 256, 4096, 3_000_000
-    ring = RingBuffer({"a": 1}, capacity, batch_size, n_rows=n, max_write=32 * context, device=CPU)
-    at = 0
-
-    def fill():
-        nonlocal at
-        while ring.accepts():
-            with ring.writing(torch.arange(32 * context)) as write:
-                write("a", torch.arange(at, at + 32 * context).float()[:, None])
-            at += 32 * context
-
-    ours = [b["a"][:, 0].long().clone() for b in ring.batches(fill)]
-    steady = ours[len(ours) // 5 : -len(ours) // 5]
-    distinct, same = distinct_and_neighbours(steady, context)
-    classic = list(classic_half_refill(capacity, batch_size, n))
-    reference, _ = distinct_and_neighbours(classic[len(classic) // 5 : -len(classic) // 5], context)
-    assert distinct >= 0.9 * reference, (distinct, reference)
-    assert same <= 4e-4
+    """At least 90% of the distinct contexts per batch of a classic half-refilled buffer."""
+    ours = mixing(ring_batches(CAPACITY, CONTEXT, BATCH, N_ROWS), CONTEXT)
+    classic = mixing(half_refill_batches(CAPACITY, BATCH, N_ROWS), CONTEXT)
+    assert ours["distinct_contexts"] >= 0.9 * classic["distinct_contexts"], (ours, classic)
+    assert ours["same_context_neighbours"] <= 4e-4

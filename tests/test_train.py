@@ -17,7 +17,7 @@ from fastsae.log import Sink
 from fastsae.prepare import prepare
 from fastsae.source import load_source
 from fastsae.tokens import open_tokens
-from tests.tiny_models import D_MODEL
+from tests.tiny_models import D_MODEL, save_model
 from tests.worlds import HOOK
 
 
@@ -180,6 +180,23 @@ class Interrupt(Count):
         super().advance(n_tokens)
         if len(self.batches) == 3:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ring_in_host_memory_gives_the_same_bits(config):
+    device, host = (fastsae.train(config(name=p, ring={"placement": p})) for p in ("device", "host"))
+    assert same(weights(device), weights(host))
+
+
+@pytest.mark.parametrize(
+    "kind, hook", [("bert", "blocks.1.hook_out"), ("neox_headless", "blocks.1.hook_resid_post")]
+)
+def test_models_without_a_next_token_train_too(config, tmp_path, kind, hook):
+    """Encoders, and decoders whose head is not in the weights: no cross-entropy, and one line why."""
+    model = {"name": save_model(kind, tmp_path / kind), "hook": [hook]}
+    figures = fastsae.train(config(model=model)).metrics[hook]
+    assert figures["ce_clean"] is figures["ce_zero"] is figures["reconstruction_score"] is None
+    assert figures["ce_reason"] and "\n" not in figures["ce_reason"]
+    assert 0 < figures["fvu"] < 1
 
 
 def test_ctrl_c_ends_with_a_checkpoint(config):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,22 @@ def test_models_without_a_next_token_train_too(config, tmp_path, kind, hook):
     assert figures["ce_clean"] is figures["ce_zero"] is figures["reconstruction_score"] is None
     assert figures["ce_reason"] and "\n" not in figures["ce_reason"]
     assert 0 < figures["fvu"] < 1
+
+
+@pytest.mark.skipif(
+    version("transformer-lens") >= "4",
+    reason="TransformerLens 4 has no HookedTransformer; `make peers` installs 3.9",
+)
+def test_a_hooked_transformer_of_transformer_lens_3_trains(config, world):
+    import transformer_lens
+    from transformers import AutoTokenizer
+
+    shape = {"n_layers": 3, "d_model": D_MODEL, "n_ctx": 32, "d_head": 8, "n_heads": 2, "d_vocab": 64}
+    cfg = transformer_lens.HookedTransformerConfig(**shape, act_fn="gelu", seed=0, device="cpu")
+    model = transformer_lens.HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(world["model"]))
+    result = fastsae.train(config(model={"weights": "processed"}), model=model)
+    assert result.n_tokens == 5000 and 0 < result.metrics[HOOK]["fvu"] < 1
+    assert result.saes[HOOK].metadata["model_class_name"] == "HookedTransformer"
 
 
 def test_ctrl_c_ends_with_a_checkpoint(config):

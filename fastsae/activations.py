@@ -1,4 +1,4 @@
-"""Which latents are active, in plain torch. A new activation is a function here and one line of the table."""
+"""Which latents are active, in plain torch: a function per activation, and a table of them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,11 +46,16 @@ def where_active(
 
 
 def largest(values: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
-    """True at exactly k places per row, the largest values; ties go to the smallest index."""
+    """True at the k largest positive values of each row, or at all where there are fewer; ties go to the smallest index."""
     kth = values.topk(k, dim=-1).values[..., -1:]
+    chosen = (values >= kth) & (values > 0)
+    if (
+        values.device.type == "cpu" and not (chosen.sum(-1) > k).any()
+    ):  # no ties; a GPU would have to be waited for
+        return chosen
     above, ties = values > kth, values == kth
     wanted = k - above.sum(-1, keepdim=True)
-    return above | (ties & (ties.cumsum(-1) <= wanted))
+    return chosen & (above | (ties & (ties.cumsum(-1) <= wanted)))
 
 
 def to_codes(acts: Float[Tensor, "*batch d_sae"], width: int | None = None) -> Codes:

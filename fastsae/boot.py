@@ -88,7 +88,8 @@ def _missing_head(model: Any, where: str, options: dict[str, Any]) -> tuple[str,
     """Parameters of the language-model head that the weights lack, and that are random therefore.
 
     transformers reports them only to whoever loads, so the names alone are loaded once more, on the meta
-    device: no data is read. Tied heads are not missing. Warns where parameters of the body are.
+    device: no data is read. Tied heads are not missing. Warns where a few parameters of the body are, and raises
+    SourceError where most are.
     """
     from transformers.utils import logging as hf_logging
 
@@ -106,6 +107,10 @@ def _missing_head(model: Any, where: str, options: dict[str, Any]) -> tuple[str,
         if bars:
             logging.enable_progress_bar()
     body = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
+    if 2 * len(body) > len(list(model.base_model.parameters())):
+        raise SourceError(
+            f"the weights of {where} lack {len(body)} parameters of its model, {min(body)} for one: are they another model's?"
+        )
     if body:
         warnings.warn(
             f"{len(body)} parameters are not in the weights and stay random, {min(body)} for one",

@@ -2,7 +2,7 @@
 
     runs/<name>/config.toml, metrics.jsonl
     runs/<name>/saes/<hook point>[/<entry>]/                      at the end
-    runs/<name>/checkpoints/<n_tokens>/run.json
+    runs/<name>/checkpoints/<n_tokens>/config.toml, run.json
     runs/<name>/checkpoints/<n_tokens>/saes/<hook point>[/<entry>]/
 
 Each SAE folder is SAELens' layout; in a checkpoint `step.safetensors` beside it has the optimizer's state and the
@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastsae.errors import RunError
-from fastsae.sae import CONFIG_FILE, SAE
+from fastsae.sae import CONFIG_FILE as SAE_CONFIG_FILE
+from fastsae.sae import SAE
 from fastsae.step import TrainStep
 
-CHECKPOINTS, SAES, STEP_FILE, RUN_FILE = "checkpoints", "saes", "step.safetensors", "run.json"
+CHECKPOINTS, SAES, CONFIG_FILE = "checkpoints", "saes", "config.toml"
+STEP_FILE, RUN_FILE = "step.safetensors", "run.json"
 
 
 def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
@@ -33,7 +36,12 @@ def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path, n_tokens: int, steps: Mapping[str, TrainStep], state: Mapping[str, Any], keep: int | None
+    run_dir: Path,
+    n_tokens: int,
+    steps: Mapping[str, TrainStep],
+    state: Mapping[str, Any],
+    config_toml: str,
+    keep: int | None,
 ) -> Path:
     """Write `checkpoints/<n_tokens>` and drop the oldest ones past `keep`. Returns the folder.
 
@@ -51,10 +59,13 @@ def save_checkpoint(
         (aside / RUN_FILE).write_text(
             json.dumps({"n_tokens": n_tokens, **state}, indent=1) + "\n", encoding="utf-8"
         )
+        (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-    except OSError as error:
-        raise RunError(f"cannot write the checkpoint {final}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"cannot write the checkpoint {final}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if keep is not None:
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
@@ -87,12 +98,12 @@ def load(path: Path | str, *, device: torch.device | str | None = None) -> SAE:
 
 def sae_folders(path: Path) -> dict[str, Path]:
     """Name to folder of every SAE at `path`."""
-    if (path / CONFIG_FILE).is_file():
+    if (path / SAE_CONFIG_FILE).is_file():
         return {path.name: path}
     for root in [path, *reversed(checkpoints(path))]:
-        found = sorted(config.parent for config in (root / SAES).rglob(CONFIG_FILE))
+        found = sorted(config.parent for config in (root / SAES).rglob(SAE_CONFIG_FILE))
         if found:
             return {folder.relative_to(root / SAES).as_posix(): folder for folder in found}
     raise RunError(
-        f"no SAE in {path}: expected {CONFIG_FILE} in it, or a run or checkpoint folder with {SAES}/ in it"
+        f"no SAE in {path}: expected {SAE_CONFIG_FILE} in it, or a run or checkpoint folder with {SAES}/ in it"
     )

@@ -120,7 +120,8 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Validate the SAEs of a run on its held-out tokens."""
-    from fastsae.report import closing_table, evaluate_run, figures_json
+    from fastsae.report import closing_table, figures_json
+    from fastsae.revisit import evaluate_run
 
     metrics = evaluate_run(path, lambda file: read_config(file, {"device": device or "auto"}, set_))
     Console(stderr=json_).print(closing_table(metrics))
@@ -143,7 +144,9 @@ def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     facts["step"] = "dense, PyTorch ops"
     mem_bytes = None
     if config is not None:
-        job = prepare(read_config(config, {}, set_))
+        job = prepare(
+            read_config(config, {}, set_).model_copy(update={"name": None})
+        )  # no new run, no new name
         job.close()
         mem_bytes = job.mem_bytes
     if json_:
@@ -193,7 +196,7 @@ def main() -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was trained", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -15,9 +15,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -45,6 +42,12 @@ def _folder_name(value: str) -> str:
     return value
 
 
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
@@ -54,6 +57,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+    # A section inside another is built without this constructor, so that its errors keep their place.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class ModelConfig(Section):
@@ -90,9 +102,9 @@ class DataConfig(Section):
     """Column of token ids; replaces text_column for a pre-tokenised dataset."""
     streaming: bool = False
     """Read a hub dataset while training, without downloading it first."""
-    context_size: Annotated[int, Field(ge=2)] = 128
+    context_size: Annotated[int, Field(ge=2, strict=True)] = 128
     """Tokens per context, the BOS at its start included."""
-    exclude: Literal["bos", "special", "none"] | tuple[int, ...] = "bos"
+    exclude: Literal["bos", "special", "none"] | tuple[NonNegativeInt, ...] = "bos"
     """Positions left out of training and statistics: inserted BOS and separators, every special token, or ids."""
     shuffle_buffer: PositiveInt = 10_000
     """Documents that are shuffled together."""
@@ -145,19 +157,19 @@ class StepConfig(Section):
     """How the step is computed; "auto" is the dense path as long as there is no other."""
     lr: Literal["auto"] | PositiveFloat = "auto"
     """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 2e-4 / sqrt(d_sae / 2^14) for topk."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of Adam's first and second moment."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; none where a file says false."""
-    lr_warmup_steps: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    lr_warmup_steps: Literal["auto"] | NonNegativeInt = "auto"
     """Steps of linear warm-up; "auto" is min(1000, 5% of the run)."""
-    lr_decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    lr_decay_fraction: Share = 0.2
     """Last share of the run over which lr falls linearly to 0."""
     l1_coefficient: NonNegativeFloat | None = None
     """Weight of the L1 term, relu only; 5 unless given."""
-    l1_warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    l1_warmup_fraction: Share = 0.05
     """First share of the run over which the L1 weight rises linearly from 0."""
     auxk_coefficient: NonNegativeFloat | None = None
     """Weight of the auxiliary loss on dead latents, topk only; 1/32 unless given."""
@@ -192,6 +204,8 @@ class SaveConfig(Section):
     """Activations between validations; only at the end where not given."""
     keep: PositiveInt | None = None
     """Checkpoints to keep, the newest; all of them where not given."""
+    baselines: bool = True
+    """Measure simple replacements beside the SAEs at the end: four more forwards over the validation tokens each."""
 
 
 class LogConfig(Section):
@@ -199,7 +213,7 @@ class LogConfig(Section):
 
     every: PositiveInt = 50
     """Steps between two reads of the step's counters."""
-    wandb: str | None = None
+    wandb: Annotated[str, Field(min_length=1)] | None = None
     """Project on Weights & Biases; nothing is sent where not given."""
 
 
@@ -225,10 +239,7 @@ class SAEConfig(Section):
     """Subtract b_dec before the encoder; off for transcoders."""
 
     def __init__(self, d_in: int, d_sae: int, **fields: Any) -> None:
-        try:
-            super().__init__(**{"d_in": d_in, "d_sae": d_sae, **fields})
-        except ValidationError as error:
-            raise ConfigError(explain(error, SAEConfig)) from None
+        super().__init__(d_in=d_in, d_sae=d_sae, **fields)
 
     @model_validator(mode="before")
     @classmethod
@@ -259,7 +270,7 @@ class RunConfig(Section):
     """Folder of the run below runs_dir; a fresh one is made where not given."""
     n_tokens: PositiveInt = 100_000_000
     """Activations to train on, per SAE: exactly this many."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NonNegativeInt = 0
     """Seed of initial weights, document order and ring order."""
     device: str = "auto"
     """Where everything runs: "cuda", "cuda:1", "mps", "cpu"; "auto" is the first there is."""

@@ -36,7 +36,8 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
     """Set scale, b_dec and the size of W_enc from raw activations; `chunks` is iterated more than once.
 
     scale: mean ||x|| = sqrt(d_in). b_dec: the geometric median. W_enc: so that the first x_hat - b_dec
-    has the mean norm of x - b_dec. Only for SAEs whose output is their input. Waits for the device.
+    has the mean norm of x - b_dec; W_enc stays where b_dec is not subtracted from the input. Only for SAEs whose
+    output is their input. Waits for the device.
     """
     norm = mean_norm(chunks())
     if norm > 0 and norm.isfinite():

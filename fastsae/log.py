@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fastsae.errors import RunError
+
 Row = Mapping[str, Any]
 
 
@@ -42,7 +44,10 @@ class WandbSink(Sink):
     def __init__(self, project: str, name: str, config: Mapping[str, Any], folder: Path) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=name, config=dict(config), dir=str(folder))
+        try:
+            self._run = wandb.init(project=project, name=name, config=dict(config), dir=str(folder))
+        except wandb.errors.Error as error:
+            raise RunError(f"wandb cannot log to {project}: {str(error).splitlines()[0]}") from None
         self._run.define_metric("n_tokens")
         self._run.define_metric("*", step_metric="n_tokens")
 

@@ -80,6 +80,10 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
         widths, ring_dtype = {ACTIVATIONS: first.shape[1]}, first.dtype
     else:
         source = load_source(config.model, device, model)
+        if model is not None:
+            name = getattr(source.model.cfg, "model_name", None) or source.model_class_name
+            told = config.model.model_copy(update={"name": name, "weights": source.weights})
+            config = config.model_copy(update={"model": told})
         source.check_context_size(config.data.context_size)
         widths, ring_dtype = {hook.name: hook.width for hook in source.hooks}, source.dtype
         max_write = config.model.batch_size * config.data.context_size
@@ -101,7 +105,7 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
     config = _resolved(config, ring_dtype, mem_bytes["ring"], device)
     tokens = None
     if source is not None:
-        tokens = open_tokens(config.data, source.tokenizer, seed=config.seed)
+        tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
         for key, sae in saes.items():
             sae.metadata = _metadata(config, source, hook_of[key], steps[key])
     return Job(

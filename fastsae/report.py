@@ -1,26 +1,24 @@
 """What a person sees: the live bar, the closing table, and the same figures as JSON."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastsae import memory
-from fastsae.config import RunConfig
-from fastsae.errors import RunError
 from fastsae.log import Row, Sink
 from fastsae.metrics import short_count
-from fastsae.train import CONFIG_FILE, Result
+from fastsae.train import Result
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
 SUMMARY = ("l0", "fvu", "dead_fraction", "reconstruction_score", "ce_clean", "ce_spliced", "ce_zero")
 BASELINES = {
     "mean_ablation": "mean ablation",
-    "pca": "best k principal components",
+    "pca": "k principal components",
     "random_dictionary": "random dictionary",
 }
 
@@ -95,8 +93,8 @@ def summary(result: Result) -> dict[str, Any]:
 
 def closing_table(metrics: Metrics) -> Table:
     """Per SAE its figures on the held-out tokens, and under it the baselines at the same l0."""
-    table = Table(title="held-out tokens", title_justify="left")
-    table.add_column("")
+    table = Table(title="on held-out tokens", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
     for name in ("score", "fvu", "l0", "silent", "CE", "CE clean", "CE zero"):
         table.add_column(name, justify="right")
     reasons = []
@@ -131,33 +129,6 @@ def info_table(facts: Mapping[str, str]) -> Table:
     for name, fact in facts.items():
         table.add_row(name, fact)
     return table
-
-
-def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dict[str, Any]]:
-    """Validate what is at `path` with the model and tokens of the run that it belongs to.
-
-    `read` makes the config from the run's file. Raises RunError where no run is found around `path`.
-    """
-    from dataclasses import asdict
-
-    from fastsae.checkpoint import load_all
-    from fastsae.evaluate import evaluate
-    from fastsae.prepare import pick_device
-    from fastsae.source import load_source
-    from fastsae.tokens import open_tokens
-
-    run_dir = next((p for p in [path, *path.absolute().parents] if (p / CONFIG_FILE).is_file()), None)
-    if run_dir is None:
-        raise RunError(f"{path} is not in a run folder: no {CONFIG_FILE} there or above")
-    config = read(run_dir / CONFIG_FILE)
-    device = pick_device(config.device)
-    saes = load_all(path, device=device)
-    source = load_source(config.model, device)
-    tokens = open_tokens(config.data, source.tokenizer, seed=config.seed)
-    tokens.train.close()
-    pairs = {name: (sae.metadata["hook_name"], sae) for name, sae in saes.items()}
-    results = evaluate(source, pairs, tokens.validation, batch_size=config.model.batch_size, baselines=True)
-    return {name: asdict(result) for name, result in results.items()}
 
 
 def _figure(value: float | None) -> str:

@@ -88,7 +88,7 @@ class RingBuffer:
 
     @property
     def mem_bytes(self) -> int:
-        """Bytes of every tensor it holds on to."""
+        """Bytes of the activations that it holds room for."""
         return sum(t.nbytes for group in (self._data, self._carry, self._batch) for t in group.values())
 
     def fill(self, more: Callable[[], bool]) -> None:
@@ -228,6 +228,7 @@ def check_capacity(capacity: int, batch_size: int, max_write: int, n_rows: int) 
         )
 
 
+@torch.no_grad()
 def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
     """out = source[rows], with the cast and the move that `out` needs."""
     if source.dtype == out.dtype and source.device == out.device:

@@ -129,8 +129,8 @@ class SAE(nn.Module):
                 json.dumps(self._saelens_config(), indent=1) + "\n", encoding="utf-8"
             )
             os.replace(f"{config}.part", config)
-        except OSError as error:
-            raise RunError(f"cannot write {folder}: {error.strerror or error}") from None
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str | None = None) -> "SAE":
@@ -172,7 +172,9 @@ class SAE(nn.Module):
             "device": "cpu",
             "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
             "normalize_activations": "none",
-            "reshape_activations": "none",
+            "reshape_activations": "hook_z"
+            if self.metadata.get("hook_name", "").endswith("hook_z")
+            else "none",
             "metadata": {
                 "sae_lens_version": SAELENS_VERSION,
                 "sae_lens_training_version": None,

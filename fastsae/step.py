@@ -140,7 +140,7 @@ class TrainStep:
         target = x if target is None else target.to(sae.W_dec.dtype) * sae.scale
         l1_now = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
         may_be_dead = self.n_tokens >= cfg.dead_after  # known without asking the device
-        with _tf32(cfg.precision == "tf32"):
+        with _tf32(cfg.precision == "tf32", x.device):
             grads = gradients(
                 sae,
                 x,
@@ -233,22 +233,23 @@ class _Counters:
     def __init__(self, sae: SAE) -> None:
         self.scale, device = sae.scale, sae.W_dec.device
         d_out = sae.cfg.d_out or sae.cfg.d_in
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
         self.state = {
             "counters.sums": torch.zeros(
-                len(self.NAMES) + 2, device=device
-            ),  # the last two: rows, sum of x^2
-            "counters.x": torch.zeros(d_out, device=device),
-            "counters.first_bad_step": torch.full((), -1.0, device=device),
+                len(self.NAMES) + 2, device=device, dtype=dtype
+            ),  # last: rows, sum of x^2
+            "counters.x": torch.zeros(d_out, device=device, dtype=dtype),
+            "counters.first_bad_step": torch.full((), -1.0, device=device, dtype=dtype),
         }
 
     def add(self, out: StepOutput, target: Tensor, grad_norm: Tensor, step: int) -> None:
         """Means become sums over rows, so that short batches count for what they are."""
         n = len(target)
-        means = torch.stack([*out, grad_norm, torch.ones_like(grad_norm)])
         sums, bad = self.state["counters.sums"], self.state["counters.first_bad_step"]
-        sums[:-1].add_(means, alpha=n)
-        sums[-1].add_(target.square().sum())
-        self.state["counters.x"].add_(target.sum(0))
+        means = torch.stack([*out, grad_norm, torch.ones_like(grad_norm)])
+        sums[:-1].add_(means.to(sums.dtype), alpha=n)
+        sums[-1].add_(target.square().sum(dtype=sums.dtype))
+        self.state["counters.x"].add_(target.sum(0, dtype=sums.dtype))
         bad.masked_fill_((bad < 0) & ~out.loss.isfinite(), step)
 
     def read(self, dead_fraction: Tensor) -> dict[str, float]:
@@ -282,11 +283,15 @@ def _check_shapes(cfg: SAEConfig, x: Tensor, target: Tensor | None) -> None:
 
 
 @contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    """TF32 products in this block and no further."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = on
+def _tf32(on: bool, device: torch.device) -> Iterator[None]:
+    """fp32 products on a GPU in TF32 or in full, in this block and no further."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if on else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before

@@ -12,6 +12,8 @@ more than one group the first ones are smaller, one block, two, four and so on, 
 
 import logging
 import os
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -221,11 +223,11 @@ def _stop(cancelled: threading.Event, thread: threading.Thread) -> None:
         thread.join(timeout=10)
 
 
-def open_tokens(cfg: DataConfig, tokenizer: Any, *, seed: int) -> Tokens:
+def open_tokens(cfg: DataConfig, tokenizer: Any, *, seed: int, d_vocab: int | None = None) -> Tokens:
     """The training contexts of `cfg`, shuffled by `seed`, and the validation set, which is the same for all seeds.
 
     `tokenizer` is one of transformers, or None where `cfg.tokens_column` is given: then nothing is inserted between
-    documents. The validation set is made of the first documents of `validation_split` or else of `split`, as many as
+    documents. `d_vocab` is how many ids the model knows. The validation set is made of the first documents of `validation_split` or else of `split`, as many as
     give `n_validation_tokens` kept positions in whole contexts; those of `split` are never trained on, whole
     documents with what the last context left over.
 
@@ -239,8 +241,10 @@ def open_tokens(cfg: DataConfig, tokenizer: Any, *, seed: int) -> Tokens:
             f'data.validation_split = "{validation_split}" overlaps data.split = "{cfg.split}"; name another split, '
             "or none to hold out the first documents"
         )
-    blocks = _open_blocks(cfg, cfg.split, tokenizer, packing)
-    held_out = _open_blocks(cfg, validation_split, tokenizer, packing) if validation_split else blocks
+    blocks = _open_blocks(cfg, cfg.split, tokenizer, packing, d_vocab)
+    held_out = (
+        _open_blocks(cfg, validation_split, tokenizer, packing, d_vocab) if validation_split else blocks
+    )
     validation, n_documents = hold_out(held_out, packing, cfg.n_validation_tokens)
     n_kept = int(validation.keep.sum())
     if n_kept < cfg.n_validation_tokens:
@@ -283,13 +287,15 @@ def _packing(cfg: DataConfig, tokenizer: Any) -> Packing:
     return Packing(cfg.context_size, separator, ids, cfg.exclude not in ("bos", "special"))
 
 
-def _open_blocks(cfg: DataConfig, split: str, tokenizer: Any, packing: Packing) -> Blocks:
+def _open_blocks(
+    cfg: DataConfig, split: str, tokenizer: Any, packing: Packing, d_vocab: int | None
+) -> Blocks:
     cache_dir = cfg.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastsae" / "tokens"
     cache_dir = cache_dir.expanduser()
     source = open_source(cfg, split, cache_dir)
     if cfg.tokens_column is None:
         return Blocks(source, TextEncoder(tokenizer), cache_dir)
-    encoder = IdEncoder(packing.separator, None if tokenizer is None else len(tokenizer))
+    encoder = IdEncoder(packing.separator, d_vocab or (None if tokenizer is None else len(tokenizer)))
     # A table of ids lies on the disk as it is.
     return Blocks(source, encoder, None if source.n_documents is not None else cache_dir)
 
@@ -302,5 +308,18 @@ def _group_range(group: int, largest: int) -> tuple[int, int]:
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Whether two split names share documents for certain: equal, or a part of the other."""
-    return a == b or (a.partition("[")[0] == b.partition("[")[0] and ("[" not in a or "[" not in b))
+    """Whether split names such as "train", "train[:90%]" or "train+test" may share documents.
+
+    Two parts of one split are told apart where both are in percent and do not meet; else they may.
+    """
+    return any(_meet(one, other) for one in a.split("+") for other in b.split("+"))
+
+
+def _meet(a: str, b: str) -> bool:
+    if a.strip().partition("[")[0] != b.strip().partition("[")[0]:
+        return False
+    ranges = [re.fullmatch(r"\w+\[(\d*)%?:(\d*)%?\]", name.strip()) for name in (a, b)]
+    if None in ranges or ("%" in a) != ("%" in b):
+        return True
+    (start, end), (start_b, end_b) = ((int(m[1] or 0), int(m[2] or sys.maxsize)) for m in ranges if m)
+    return max(start, start_b) < min(end, end_b)

@@ -1,5 +1,6 @@
 """A run: `train` from a config to a Result, and the loop, which reads from top to bottom."""
 
+import shutil
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.checkpoint import SAES, save_checkpoint, save_saes
+from fastsae.checkpoint import CONFIG_FILE, SAES, save_checkpoint, save_saes
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
 from fastsae.errors import DataError, NonFiniteLossError, RunError
@@ -25,7 +26,7 @@ from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
 
-CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 CHUNK_ROWS = 65_536
 
 
@@ -64,25 +65,144 @@ def train(
 
 
 def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
-    """Make the run folder and train; see `train`."""
+    """Train a prepared job; see `train`. The run folder is made after the first fill of the ring."""
     try:
-        _make_run_dir(job)
-        own: list[Sink] = [JsonlSink(job.run_dir / METRICS_FILE)]
-        if job.config.log.wandb is not None:
-            own.append(
-                WandbSink(
-                    job.config.log.wandb, job.run_dir.name, job.config.model_dump(mode="json"), job.run_dir
-                )
-            )
-        with Sinks([*own, *sinks]) as sink, _interruptible() as stop:
-            return _loop(job, sink, stop)
+        with _interruptible() as stop:
+            clock = _Clock()
+            ring = _ring(job)
+            more = _feeder(job, ring, stop)
+            ring.fill(more)
+            if ring.n_written == 0:
+                raise DataError("the dataset ended before its first activation; nothing was trained")
+            steps = _steps(job, ring)
+            with _outputs(job, sinks) as sink:
+                return _Loop(job, steps, sink, stop, clock).run(ring, more)
     finally:
         job.close()
 
 
-def _loop(job: Job, sink: Sink, stop: threading.Event) -> Result:
-    config, save = job.config, job.config.save
-    ring = RingBuffer(
+class _Loop:
+    """The loop, and what it has reached."""
+
+    def __init__(
+        self, job: Job, steps: dict[str, TrainStep], sink: Sink, stop: threading.Event, clock: "_Clock"
+    ) -> None:
+        self.job, self.steps, self.sink, self.stop, self.clock = job, steps, sink, stop, clock
+        self.n_tokens = self.n_done = 0
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.validations: dict[str, Validation] = {}
+        self.last_checkpoint: Path | None = None
+        self.reported_at = self.saved_at = -1
+
+    def run(self, ring: RingBuffer, more: Callable[[], bool]) -> Result:
+        config, save = self.job.config, self.job.config.save
+        try:
+            for batch in ring.batches(more):
+                for key, step in self.steps.items():
+                    step(batch[self.job.hook_of[key]])
+                n_rows = len(next(iter(batch.values())))
+                self.n_tokens += n_rows
+                self.n_done += 1
+                self.sink.advance(n_rows)
+                finished = self.n_tokens == config.n_tokens
+                validate = crossed(self.n_tokens, n_rows, save.validate_every) and not finished
+                checkpoint = crossed(self.n_tokens, n_rows, save.checkpoint_every)
+                if self.n_done % config.log.every == 0 or validate or checkpoint:
+                    self.report()
+                if validate:
+                    self.validate()
+                if checkpoint:
+                    self.checkpoint(ring)
+                if self.stop.is_set():
+                    break
+        except _InterruptedError:
+            pass
+        except DataError as error:
+            self.report()
+            self.checkpoint(ring)
+            raise DataError(f"{error}; the run ends with the checkpoint {self.last_checkpoint}") from None
+        tokens_per_second = self.n_tokens / self.clock.seconds()
+        self.report()
+        self.checkpoint(ring)
+        interrupted = self.stop.is_set() and self.n_tokens < config.n_tokens
+        if interrupted:
+            self.validations = {}
+        else:
+            self.warn_if_early()
+            self.validate(baselines=save.baselines)
+        save_saes(self.job.run_dir / SAES, self.job.saes)
+        metrics = {key: {**row, **self.validation_row(key)} for key, row in self.figures.items()}
+        return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
+
+    def log(self, kind: str, key: str, row: dict[str, Any]) -> None:
+        self.sink.row({"kind": kind, "n_tokens": self.n_tokens, "step": self.n_done, "sae": key, **row})
+
+    def report(self) -> None:
+        """Read the counters and log them, once per step: the one place where the loop waits for the device."""
+        if self.reported_at == self.n_done:
+            return
+        self.reported_at = self.n_done
+        for key, step in self.steps.items():
+            row = self.figures[key] = step.read()
+            bad = row.pop("first_bad_step")
+            if bad >= 0:
+                raise NonFiniteLossError(
+                    f"the loss of {key} became NaN or infinite at step {bad:.0f}; last good checkpoint: "
+                    f"{self.last_checkpoint or 'none yet'}; config: {self.job.run_dir / CONFIG_FILE}"
+                )
+            self.log("train", key, {**row, "tokens_per_second": self.n_tokens / self.clock.seconds()})
+
+    def validate(self, baselines: bool = False) -> None:
+        """Evaluate every SAE on the held-out tokens, where there are any."""
+        job = self.job
+        if job.source is None or job.tokens is None:
+            return
+        with self.clock.stopped():
+            saes = {key: (job.hook_of[key], sae) for key, sae in job.saes.items()}
+            held_out, batch_size = job.tokens.validation, job.config.model.batch_size
+            self.validations = evaluate(
+                job.source, saes, held_out, batch_size=batch_size, baselines=baselines
+            )
+        for key in self.validations:
+            self.log("validation", key, self.validation_row(key))
+
+    def validation_row(self, key: str) -> dict[str, Any]:
+        """The last validation of an SAE as part of a row, where n_tokens are those trained on."""
+        if key not in self.validations:
+            return {}
+        figures = asdict(self.validations[key])
+        return {"n_validation_tokens": figures.pop("n_tokens"), **figures}
+
+    def checkpoint(self, ring: RingBuffer) -> None:
+        """Save everything, once per step."""
+        if self.saved_at == self.n_done:
+            return
+        self.saved_at = self.n_done
+        job = self.job
+        position = job.tokens.train.state_dict() if job.tokens is not None else {}
+        state = {"step": self.n_done, "ring": ring.state_dict(), "tokens": position}
+        with self.clock.stopped():
+            self.last_checkpoint = save_checkpoint(
+                job.run_dir, self.n_tokens, self.steps, state, to_toml(job.config), job.config.save.keep
+            )
+
+    def warn_if_early(self) -> None:
+        if self.n_tokens < self.job.config.n_tokens:
+            message = (
+                f"the dataset ended after {self.n_tokens:,} of n_tokens = {self.job.config.n_tokens:,} activations; "
+                'the run ends here (data.on_exhausted = "repeat" would begin another epoch)'
+            )
+            self.log("warning", "", {"message": message})
+
+
+def crossed(n: int, n_new: int, every: int | None) -> bool:
+    """Whether a multiple of `every` lies among the last `n_new` of `n`."""
+    return every is not None and n // every > (n - n_new) // every
+
+
+def _ring(job: Job) -> RingBuffer:
+    config = job.config
+    return RingBuffer(
         job.widths,
         config.ring.capacity,
         min(config.step.batch_size, config.n_tokens),
@@ -93,103 +213,15 @@ def _loop(job: Job, sink: Sink, stop: threading.Event) -> Result:
         placement=config.ring.placement,
         seed=config.seed,
     )
-    more = _feeder(job, ring, stop)
-    ring.fill(more)
-    if ring.n_written == 0:
-        raise DataError("the dataset ended before its first activation; nothing was trained")
+
+
+def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
+    """A step per SAE, whose scale and start follow from the first fill."""
     for key, sae in job.saes.items():
         initialise(sae, lambda hook=job.hook_of[key]: ring.chunks(hook, CHUNK_ROWS))  # type: ignore[misc]
         if key in job.initial:
             sae.load_folded(job.initial[key])
-    steps = {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
-
-    n_tokens = n_done = 0
-    figures: dict[str, dict[str, Any]] = {}
-    validations: dict[str, Validation] = {}
-    last_checkpoint: Path | None = None
-    clock = _Clock()
-
-    def log(kind: str, key: str, row: dict[str, Any]) -> None:
-        sink.row({"kind": kind, "n_tokens": n_tokens, "step": n_done, "sae": key, **row})
-
-    def report() -> None:
-        for key, step in steps.items():
-            figures[key] = step.read()  # the one place where the loop waits for the device
-            bad = figures[key].pop("first_bad_step")
-            if bad >= 0:
-                raise NonFiniteLossError(
-                    f"the loss of {key} became NaN or infinite at step {bad:.0f}; last good checkpoint: "
-                    f"{last_checkpoint or 'none yet'}; config: {job.run_dir / CONFIG_FILE}"
-                )
-            log("train", key, {**figures[key], "tokens_per_second": n_tokens / clock.seconds()})
-
-    def validate(baselines: bool = False) -> None:
-        if job.source is None or job.tokens is None:
-            return
-        with clock.stopped():
-            saes = {key: (job.hook_of[key], sae) for key, sae in job.saes.items()}
-            held_out, batch_size = job.tokens.validation, config.model.batch_size
-            validations.update(
-                evaluate(job.source, saes, held_out, batch_size=batch_size, baselines=baselines)
-            )
-        for key, result in validations.items():
-            log("validation", key, _figures(result))
-
-    def checkpoint() -> None:
-        nonlocal last_checkpoint
-        position = job.tokens.train.state_dict() if job.tokens is not None else {}
-        with clock.stopped():
-            state = {"step": n_done, "ring": ring.state_dict(), "tokens": position}
-            last_checkpoint = save_checkpoint(job.run_dir, n_tokens, steps, state, save.keep)
-
-    try:
-        for batch in ring.batches(more):
-            for key, step in steps.items():
-                step(batch[job.hook_of[key]])
-            n_rows = len(next(iter(batch.values())))
-            n_tokens += n_rows
-            n_done += 1
-            sink.advance(n_rows)
-            due_validation = crossed(n_tokens, n_rows, save.validate_every)
-            due_checkpoint = crossed(n_tokens, n_rows, save.checkpoint_every) or n_tokens == config.n_tokens
-            if n_done % config.log.every == 0 or due_validation or due_checkpoint:
-                report()
-            if due_validation and n_tokens < config.n_tokens:
-                validate()
-            if due_checkpoint:
-                checkpoint()
-            if stop.is_set():
-                break
-    except KeyboardInterrupt:  # between two forwards of a fill
-        pass
-    tokens_per_second = n_tokens / clock.seconds()
-    if n_tokens < config.n_tokens:  # interrupted, or the dataset ended early
-        report()
-        checkpoint()
-    if n_tokens < config.n_tokens and not stop.is_set():
-        message = (
-            f"the dataset ended after {n_tokens:,} of n_tokens = {config.n_tokens:,} activations; the run ends "
-            'here (data.on_exhausted = "repeat" would begin another epoch)'
-        )
-        log("warning", "", {"message": message})
-    if not stop.is_set():
-        validate(baselines=True)
-    save_saes(job.run_dir / SAES, job.saes)
-    metrics = {
-        key: {**figures[key], **(_figures(validations[key]) if key in validations else {})} for key in steps
-    }
-    return Result(job.saes, metrics, job.run_dir, n_tokens, tokens_per_second, stop.is_set())
-
-
-def _figures(result: Validation) -> dict[str, Any]:
-    """A validation as part of a row, where n_tokens are those trained on."""
-    figures = asdict(result)
-    return {"n_validation_tokens": figures.pop("n_tokens"), **figures}
-
-
-def crossed(n: int, n_new: int, every: int | None) -> bool:
-    """Whether a multiple of `every` lies among the last `n_new` of `n`."""
-    return every is not None and n // every > (n - n_new) // every
+    return {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
 
 
 def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], bool]:
@@ -203,7 +235,7 @@ def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], b
 
     def more() -> bool:
         if stop.is_set():
-            raise KeyboardInterrupt
+            raise _InterruptedError
         return write()
 
     return more
@@ -228,12 +260,30 @@ def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[],
     return more
 
 
-def _make_run_dir(job: Job) -> None:
+@contextmanager
+def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
+    """The run folder, and the sinks of the run; the folder is removed again where a sink of ours cannot be opened."""
+    config = job.config
     try:
         job.run_dir.mkdir(parents=True)
-        (job.run_dir / CONFIG_FILE).write_text(to_toml(job.config), encoding="utf-8")
+        (job.run_dir / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write the run folder {job.run_dir}: {error.strerror or error}") from None
+    try:
+        own: list[Sink] = [JsonlSink(job.run_dir / METRICS_FILE)]
+        if config.log.wandb is not None:
+            own.append(
+                WandbSink(config.log.wandb, job.run_dir.name, config.model_dump(mode="json"), job.run_dir)
+            )
+    except BaseException:
+        shutil.rmtree(job.run_dir)
+        raise
+    with Sinks([*own, *sinks]) as sink:
+        yield sink
+
+
+class _InterruptedError(KeyboardInterrupt):
+    """Ctrl-C between two forwards: no step is under way."""
 
 
 @contextmanager

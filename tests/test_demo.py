@@ -51,7 +51,7 @@ def test_the_folder_is_small_and_says_nothing_of_where_it_was_made() -> None:
     }
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     for path in files:
-        for word in (b"_name_or_path", b"/home/", b"/Users/", str(Path.home()).encode() + b"/"):
+        for word in (b"_name_or_path", b"/home/", b"/Users/", b"/root/", b"/tmp/"):
             assert word not in path.read_bytes(), path.name
 
 
@@ -121,9 +121,7 @@ def test_a_training_repeats_bit_for_bit() -> None:
     first, losses = train(documents, config, tokenizer.bos_token_id, 40)
     second, again = train(documents, config, tokenizer.bos_token_id, 40)
     assert losses == again and losses[-1] < losses[0]
-    assert all(
-        map(torch.equal, first.state_dict().values(), second.state_dict().values())  # type: ignore[arg-type]
-    )
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
 
 
 def test_ngram_models_give_probabilities_that_sum_to_one() -> None:

@@ -54,7 +54,7 @@ LAYERS = [
     {"tokens", "source"},
     {"harvest", "evaluate", "splice"},
     {"prepare"},
-    {"train"},
+    {"train", "revisit"},
     {"report"},
     {"cli"},
 ]

@@ -1,0 +1,41 @@
+"""Validate what a run left, with the model and the tokens of that run."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastsae.checkpoint import CONFIG_FILE, load_all
+from fastsae.config import RunConfig
+from fastsae.errors import RunError
+from fastsae.evaluate import evaluate
+from fastsae.prepare import pick_device
+from fastsae.source import load_source
+from fastsae.tokens import open_tokens
+
+
+def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dict[str, Any]]:
+    """Figures per SAE of a run folder, a checkpoint, or an SAE folder in one.
+
+    `read` makes the config from the run's file. Raises RunError where no run is found around `path`.
+    """
+    run_dir = next((p for p in [path, *path.absolute().parents] if (p / CONFIG_FILE).is_file()), None)
+    if run_dir is None:
+        raise RunError(f"{path} is not in a run folder: no {CONFIG_FILE} there or above")
+    config = read(run_dir / CONFIG_FILE)
+    device = pick_device(config.device)
+    saes = load_all(path, device=device)
+    hooks = {name: str(sae.metadata.get("hook_name", "")) for name, sae in saes.items()}
+    if "" in hooks.values():
+        raise RunError(
+            f"{path} was trained on given activations: there is no source model to validate it with"
+        )
+    used = config.model.model_copy(update={"hook": tuple(dict.fromkeys(hooks.values()))})
+    source = load_source(used, device)
+    tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
+    tokens.train.close()
+    pairs = {name: (hooks[name], sae) for name, sae in saes.items()}
+    results = evaluate(
+        source, pairs, tokens.validation, batch_size=config.model.batch_size, baselines=config.save.baselines
+    )
+    return {name: asdict(result) for name, result in results.items()}

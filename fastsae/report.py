@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastsae import memory
@@ -31,17 +31,24 @@ class ConsoleSink(Sink):
     def __init__(self, n_tokens: int, console: Console) -> None:
         self._figures: dict[str, str] = {}
         columns = (
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
+        self._n, self._total = 0, n_tokens
         self._bar = Progress(*columns, console=console)
-        self._task = self._bar.add_task("train", total=n_tokens, figures="")
+        self._task = self._bar.add_task(
+            "train", total=n_tokens, count=self._count(), figures="filling the ring"
+        )
         self._bar.start()
 
+    def _count(self) -> str:
+        return f"{short_count(self._n)}/{short_count(self._total)}"
+
     def advance(self, n_tokens: int) -> None:
-        self._bar.advance(self._task, n_tokens)
+        self._n += n_tokens
+        self._bar.update(self._task, advance=n_tokens, count=self._count())
 
     def row(self, row: Row) -> None:
         if row["kind"] == "train":

@@ -264,6 +264,7 @@ def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[],
 def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
     """The run folder, and the sinks of the run; the folder is removed again where a sink of ours cannot be opened."""
     config = job.config
+    first = next((p for p in reversed(job.run_dir.parents) if not p.exists()), job.run_dir)
     try:
         job.run_dir.mkdir(parents=True)
         (job.run_dir / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
@@ -276,7 +277,7 @@ def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
                 WandbSink(config.log.wandb, job.run_dir.name, config.model_dump(mode="json"), job.run_dir)
             )
     except BaseException:
-        shutil.rmtree(job.run_dir)
+        shutil.rmtree(first)
         raise
     with Sinks([*own, *sinks]) as sink:
         yield sink

@@ -162,3 +162,13 @@ def test_toml_round_trip(lr, n_tokens, clip):
     import tomlkit
 
     assert RunConfig.model_validate(tomlkit.parse(to_toml(config)).unwrap()) == config
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: RunConfig(n_token=5), lambda: StepConfig(lr=-1), lambda: RunConfig(step={"lr": -1})]
+)
+def test_the_python_api_says_it_in_one_line_too(make):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert "\n" not in str(error.value)
+    assert "n_tokens" in str(error.value) or "lr = -1" in str(error.value)

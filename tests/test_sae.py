@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +121,23 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     file.write_text("")
     with pytest.raises(RunError, match="cannot write"):
         sae.save(file)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """The limit on a file's size stands in for the disk's."""
+    code = f"""
+import resource, signal
+import fastsae
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sae = fastsae.SAE(fastsae.SAEConfig(64, 512))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    sae.save({str(tmp_path / "sae")!r})
+except fastsae.RunError as error:
+    print("RunError", str(error).count(chr(10)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["RunError", "0"], done.stderr
 
 
 def test_load_lists_several_by_name(tmp_path):

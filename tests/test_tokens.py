@@ -555,6 +555,8 @@ ERRORS = {
     "saved_split": ({"dataset": "{tmp}/saved", "split": "tests"}, 'no split "tests"; there are: train, test'),
     "validation_split": ({"validation_split": "dev"}, 'no split "dev"; there are: train'),
     "same_split": ({"validation_split": "train[:10%]"}, "overlaps data.split"),
+    "sum_of_splits": ({"split": "train+test", "validation_split": "test"}, "overlaps data.split"),
+    "nested_slices": ({"split": "train[:50%]", "validation_split": "train[:10%]"}, "overlaps data.split"),
     "column": ({"text_column": "body"}, 'no column "body"; there are: other, text'),
     "column_of_numbers": ({"text_column": "other"}, 'column "other" holds int, where strings'),
     "ids_of_text": ({"tokens_column": "text"}, 'column "text" holds str .*lists of token ids'),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import fastsae
 from fastsae.checkpoint import checkpoints
 from fastsae.configfile import load_config
 from fastsae.evaluate import evaluate
+from fastsae.harvest import Harvester
 from fastsae.log import Sink
 from fastsae.prepare import prepare
 from fastsae.source import load_source
@@ -230,6 +232,87 @@ def test_ctrl_c_ends_with_a_checkpoint(config):
     ), "a step was not cut in half"
 
 
+class InterruptTwice(Count):
+    """Two signals inside one step: the second one would cut it in half."""
+
+    def row(self, row):
+        raise AssertionError("nothing is logged after the second signal")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(config, monkeypatch):
+    real, calls = fastsae.TrainStep._update, []
+
+    def update(self, grads):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, grads)
+
+    monkeypatch.setattr(fastsae.TrainStep, "_update", update)
+    with pytest.raises(KeyboardInterrupt):
+        fastsae.train(config(), sinks=[InterruptTwice()])
+    assert not checkpoints(config().runs_dir / "run")
+
+
+def test_ctrl_c_on_a_logging_step_keeps_its_figures(config):
+    result = fastsae.train(config(log={"every": 3}), sinks=[Interrupt()])
+    (row,) = rows(result.run_dir, "train")
+    assert row["step"] == 3 and row["loss"] > 0
+    assert result.metrics[HOOK]["loss"] == row["loss"]
+
+
+def test_nothing_is_left_of_a_run_that_never_began(config, monkeypatch):
+    """Ctrl-C in the first fill: the name is free again."""
+    real = Harvester.forward
+
+    def forward(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(Harvester, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        fastsae.train(config())
+    assert not config().runs_dir.exists()
+
+
+def test_data_that_breaks_in_the_middle_leaves_a_checkpoint(config, monkeypatch):
+    real, calls = Harvester.forward, []
+
+    def forward(self):
+        calls.append(1)
+        if len(calls) > 40:
+            raise fastsae.DataError("the stream broke")
+        return real(self)
+
+    monkeypatch.setattr(Harvester, "forward", forward)
+    with pytest.raises(fastsae.DataError, match=r"the stream broke; .* checkpoint .*checkpoints/\d+"):
+        fastsae.train(config())
+    (folder,) = checkpoints(config().runs_dir / "run")
+    assert fastsae.load(folder).cfg.d_sae == 48
+    assert load_config(folder / "config.toml").n_tokens == 5000
+
+
+def test_the_clock_counts_the_first_fill(config, monkeypatch):
+    """One fill is the run: its forwards are most of the time."""
+    real = Harvester.forward
+
+    def slow(self):
+        time.sleep(0.02)
+        return real(self)
+
+    monkeypatch.setattr(Harvester, "forward", slow)
+    result = fastsae.train(config(n_tokens=1200))
+    assert result.tokens_per_second < 1200 / (1200 / 60 * 0.02)
+
+
+def test_a_model_that_is_given_is_named_in_the_config(config, world):
+    bridge = load_source(config().model, torch.device("cpu")).model
+    result = fastsae.train(config(model={"name": "demo"}), model=bridge)
+    resolved = load_config(result.run_dir / "config.toml")
+    assert resolved.model.name == world["model"] == result.saes[HOOK].metadata["model_name"]
+
+
 def test_training_can_start_from_an_sae(config):
     first = fastsae.train(config(name="first"))
     second = prepare(config(name="second", init_from=str(first.run_dir)))
@@ -314,6 +397,14 @@ def test_activations_that_do_not_fit_are_named(chunks, words, tmp_path):
     run = load_config(None, {"runs_dir": str(tmp_path), "n_tokens": 5, "device": "cpu", "sae": {"d_sae": 4}})
     with pytest.raises(fastsae.DataError, match=words):
         fastsae.train(run, activations=chunks)
+
+
+def test_activations_may_carry_a_graph(tmp_path):
+    chunks = [torch.randn(100, 8, requires_grad=True) * 2 for _ in range(5)]
+    run = load_config(
+        None, {"runs_dir": str(tmp_path), "n_tokens": 500, "device": "cpu", "sae": {"d_sae": 16}}
+    )
+    assert fastsae.train(run, activations=chunks).n_tokens == 500
 
 
 def test_wandb_offline(config, tmp_path, monkeypatch):

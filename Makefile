@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PEERS ?= .venv-peers
+# OpenMP's threads sleep while they wait: spinning, its default, halves the speed where the cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check format bench peers clean
 

@@ -35,6 +35,17 @@ def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
         sae.save(folder / name)
 
 
+def save_final(run_dir: Path, saes: Mapping[str, SAE]) -> None:
+    """The SAEs of a run at its end, in `saes`: all of them or none."""
+    aside = run_dir / f".{SAES}.part"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        save_saes(aside, saes)
+        os.replace(aside, run_dir / SAES)
+    except OSError as error:
+        raise RunError(f"cannot write {run_dir / SAES}: {error.strerror or error}") from None
+
+
 def save_checkpoint(
     run_dir: Path,
     n_tokens: int,
@@ -62,7 +73,8 @@ def save_checkpoint(
         (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RunError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise RunError(
             f"cannot write the checkpoint {final}: {getattr(error, 'strerror', None) or error}"
         ) from None

@@ -1,8 +1,8 @@
 """The command line: flags become overrides of the config, the config becomes one call."""
 
-import json
 import platform
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from fastsae.config import RunConfig
 from fastsae.configfile import load_config, parse_assignment, to_toml
 from fastsae.errors import ConfigError, FastSAEError
+from fastsae.metrics import to_json
 
 app = typer.Typer(
     help="Train sparse autoencoders on the activations of language models.",
@@ -79,7 +80,10 @@ def train(
     if config is None and model is None:
         from fastsae.demo import config_path
 
-        config = config_path(activation or "relu")
+        chosen = [
+            text.partition("=")[2].strip(" \"'") for text in set_ or [] if text.startswith("sae.activation=")
+        ]
+        config = config_path(activation or (chosen[0] if chosen else "relu"))
     resolved = read_config(config, flags, set_)
     console = Console(stderr=json_)
 
@@ -91,7 +95,7 @@ def train(
     if dry_run:
         job.close()
         if json_:
-            print(json.dumps({"config": job.config.model_dump(mode="json"), "mem_bytes": job.mem_bytes}))
+            print(to_json({"config": job.config.model_dump(mode="json"), "mem_bytes": job.mem_bytes}))
         else:
             print(to_toml(job.config), flush=True)
             console.print(memory_table(job.mem_bytes))
@@ -99,13 +103,17 @@ def train(
     console.print(
         f"{job.config.model.name} -> {', '.join(job.saes)} -> {job.run_dir}", highlight=False, soft_wrap=True
     )
-    result = run(job, [ConsoleSink(job.config.n_tokens, console)])
+    try:
+        result = run(job, [ConsoleSink(job.config.n_tokens, console)])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
     console.print(closing_table(result.metrics))
     console.print(
         f"{result.n_tokens:,} activations, SAEs in {result.run_dir}/saes", highlight=False, soft_wrap=True
     )
     if json_:
-        print(json.dumps(summary(result)))
+        print(to_json(summary(result)))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -123,10 +131,13 @@ def eval_(
     from fastsae.report import closing_table, figures_json
     from fastsae.revisit import evaluate_run
 
-    metrics = evaluate_run(path, lambda file: read_config(file, {"device": device or "auto"}, set_))
+    moved = device is None and any(text.startswith("device=") for text in set_ or [])
+    metrics = evaluate_run(
+        path, lambda file: read_config(file, {} if moved else {"device": device or "auto"}, set_)
+    )
     Console(stderr=json_).print(closing_table(metrics))
     if json_:
-        print(json.dumps(figures_json(metrics)))
+        print(to_json(figures_json(metrics)))
 
 
 @app.command()
@@ -150,7 +161,7 @@ def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
         job.close()
         mem_bytes = job.mem_bytes
     if json_:
-        print(json.dumps({**facts, **({"mem_bytes": mem_bytes} if mem_bytes else {})}))
+        print(to_json({**facts, **({"mem_bytes": mem_bytes} if mem_bytes else {})}))
         return
     console = Console()
     console.print(info_table(facts))
@@ -190,14 +201,12 @@ def _version(package: str) -> str:
 
 def main() -> None:
     """Entry point: an error that the user can mend is one line and exit code 2."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
     except FastSAEError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

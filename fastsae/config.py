@@ -39,6 +39,8 @@ def _as_tuple(value: Any) -> Any:
 def _folder_name(value: str) -> str:
     if not value.strip() or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
         raise ValueError("must be a plain folder name, without a path in it")
+    if len(value.encode()) > 100 or value in ("cfg.json", "sae_weights.safetensors", "step.safetensors"):
+        raise ValueError("cannot be a folder's name here; take another one, of at most 100 bytes")
     return value
 
 
@@ -127,7 +129,7 @@ class RingConfig(Section):
     """Activations it holds per hook point."""
     placement: Literal["auto", "device", "host"] = "auto"
     """On the training device, in pinned host memory, or the first of these that fits."""
-    dtype: Literal["auto"] | Dtype = "auto"
+    dtype: Literal["auto", "float64"] | Dtype = "auto"
     """Data type of its rows; "auto" is the source model's."""
 
 
@@ -305,11 +307,18 @@ class RunConfig(Section):
             return [("", self.sae, self.step)]
         result = []
         for entry in self.saes:
+            base = (
+                self.sae
+                if entry.activation == "topk" or "activation" not in entry.model_fields_set
+                else (
+                    self.sae.model_copy(update={"k": None})  # k is topk's
+                )
+            )
             own = {f: getattr(entry, f) for f in SAESection.model_fields if f in entry.model_fields_set}
             own_step = {
                 f: getattr(entry.step, f) for f in StepConfig.model_fields if f in entry.step.model_fields_set
             }
-            sae, step = self.sae.model_copy(update=own), self.step.model_copy(update=own_step)
+            sae, step = base.model_copy(update=own), self.step.model_copy(update=own_step)
             if step.batch_size != self.step.batch_size:
                 raise ValueError(
                     "saes.step.batch_size cannot differ from step.batch_size: batches are shared"
@@ -317,7 +326,7 @@ class RunConfig(Section):
             made = "-".join(
                 [sae.activation, *(f"{f}={v}" for f, v in {**own, **own_step}.items() if f != "activation")]
             )
-            result.append((entry.name or made.replace("/", "_"), sae, step))
+            result.append((entry.name or _folder_name(made.replace("/", "_")), sae, step))
         return [("", *result[0][1:])] if len(result) == 1 and self.saes[0].name is None else result
 
 

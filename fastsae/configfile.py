@@ -21,12 +21,13 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
+            data = tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         except TOMLKitError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
     merged = _merge(data, overrides or {})
+    _refuse_hidden(merged.get("saes"), overrides or {})
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -66,3 +67,15 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         result[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def _refuse_hidden(entries: Any, overrides: Mapping[str, Any]) -> None:
+    """An override of [sae] or [step] would do nothing where an entry of [[saes]] sets that field itself."""
+    for i, entry in enumerate(entries if isinstance(entries, list) and "saes" not in overrides else []):
+        for section, own in (("sae", entry), ("step", entry.get("step"))):
+            both = set(overrides.get(section, {})) & set(own or {})
+            if both:
+                field = min(both)
+                raise ConfigError(
+                    f"{section}.{field} is given, but saes[{i}] of the file sets its own {field}; change it there"
+                )

@@ -159,6 +159,7 @@ def _open_local(path: Path, split: str, cfg: DataConfig, cache_dir: Path) -> tup
         else:
             _check_split(split, [str(whole.split or "train")])
             dataset = whole
+        dataset = dataset.with_format(None)
         if cfg.streaming:
             dataset = dataset.to_iterable_dataset()
     else:

@@ -131,7 +131,11 @@ def _validation(
         None if clean is None else float(torch.cat(sums).sum()) / max(n_targets(tokens), 1)
         for sums in ([] if clean is None else [clean], splice.ce, zero.ce, splice.kl)
     )
-    if clean is not None and score is None:
+    reason, figures = source.ce_reason, (ce_clean, ce_spliced, ce_zero, kl)
+    if clean is not None and not all(f is not None and math.isfinite(f) for f in figures):
+        reason = f"not finite: clean {ce_clean:.4g}, spliced {ce_spliced:.4g}, zero ablation {ce_zero:.4g}"
+        ce_clean = ce_spliced = ce_zero = kl = score = score_se = None
+    elif clean is not None and score is None:
         warnings.warn(
             f"{where}: no reconstruction score, since zeros for activations do not clearly raise the cross-entropy "
             f"(from {ce_clean:.4g} to {ce_zero:.4g})",
@@ -149,7 +153,7 @@ def _validation(
         kl=kl,
         reconstruction_score=score,
         reconstruction_score_se=score_se,
-        ce_reason=source.ce_reason,
+        ce_reason=reason,
     )
 
 
@@ -167,7 +171,7 @@ def _score(
     gained, possible = zeros - torch.cat(splice.ce), zeros - clean
     n, total = len(clean), float(possible.sum())
     spread = math.sqrt(n * float(possible.var())) if n > 1 else 0.0
-    if total <= CLEAR * spread:
+    if not total > CLEAR * spread:
         return None, None
     score = float(gained.sum()) / total
     if n == 1:

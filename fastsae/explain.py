@@ -17,9 +17,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _explain_one(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
     """("where = got: ", "what is allowed"); the members of a union share their place."""
-    loc = [part for part in item["loc"] if isinstance(part, int) or part.isidentifier()]
+    unknown = item["type"] == "extra_forbidden"
+    *path, last = item["loc"] or ("",)
+    loc = [
+        part for part in path if isinstance(part, int) or part.isidentifier()
+    ]  # the others name union members
+    loc += [last] if unknown or isinstance(last, int) or last.isidentifier() else []
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    if item["type"] == "extra_forbidden":
+    if unknown:
         known = _fields_at(model, loc[:-1])
         near = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"

@@ -1,12 +1,13 @@
 """Where figures go: a file, wandb, the console (report.py). The loop talks to one sink and asks nothing."""
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from fastsae.errors import RunError
+from fastsae.metrics import to_json
 
 Row = Mapping[str, Any]
 
@@ -31,11 +32,15 @@ class JsonlSink(Sink):
         self._file = path.open("a", encoding="utf-8")
 
     def row(self, row: Row) -> None:
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(to_json(dict(row)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self._file.name}: {error.strerror or error}") from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was said already
+            self._file.close()
 
 
 class WandbSink(Sink):

@@ -1,10 +1,13 @@
 """What a run will take of the training device's memory, predicted before it starts."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from fastsae.config import RunConfig, SAEConfig
+from fastsae.errors import ConfigError
 from fastsae.ring import SEGMENTS
 
 
@@ -47,3 +50,15 @@ def text(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.2f} {unit}"
     return f"{n_bytes} bytes"
+
+
+@contextmanager
+def refused_if_too_large(what: str) -> Iterator[None]:
+    """An allocation that fails in this block is a ConfigError that names `what`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is the CPU's
+        if isinstance(error, RuntimeError) and not re.search("memory|allocate|overflow", str(error)):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ConfigError(f"{what} does not fit into memory: {reason}") from None

@@ -1,6 +1,7 @@
-"""Everything before the first forward: check, load, build. Nothing is written here."""
+"""Everything before the first forward: check, load, build. Nothing is written but the cache of tokenised text."""
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -71,7 +72,12 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
     """
     device = pick_device(config.device)
     config = config.model_copy(
-        update={"device": str(device), "name": config.name or fresh_name(config.runs_dir)}
+        update={
+            "device": str(device),
+            "name": config.name or fresh_name(),
+            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
+            "data": config.data.model_copy(update={"dataset": _absolute(config.data.dataset)}),
+        }
     )
     check_run_dir(config)
     source, rows, max_write = None, None, config.step.batch_size
@@ -82,7 +88,7 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
         source = load_source(config.model, device, model)
         if model is not None:
             name = getattr(source.model.cfg, "model_name", None) or source.model_class_name
-            told = config.model.model_copy(update={"name": name, "weights": source.weights})
+            told = config.model.model_copy(update={"name": str(name), "weights": source.weights})
             config = config.model_copy(update={"model": told})
         source.check_context_size(config.data.context_size)
         widths, ring_dtype = {hook.name: hook.width for hook in source.hooks}, source.dtype
@@ -98,7 +104,8 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
             shape = SAEConfig(width, **section.model_dump())
             steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config)), hook
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
-            saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)
+            with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):
+                saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)
     initial = _initial(saes, config.init_from) if config.init_from is not None else {}
     shapes = {key: sae.cfg for key, sae in saes.items()}
     mem_bytes = memory.predict(config, widths, shapes, ring_dtype, max_write)
@@ -107,7 +114,7 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
     if source is not None:
         tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
         for key, sae in saes.items():
-            sae.metadata = _metadata(config, source, hook_of[key], steps[key])
+            sae.metadata = _metadata(config, source, hook_of[key], steps[key], given=model is not None)
     return Job(
         config,
         device,
@@ -142,11 +149,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def fresh_name(runs_dir: Path) -> str:
-    """A name by the clock that no run below `runs_dir` has."""
-    stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    names = chain([stem], (f"{stem}-{n}" for n in range(2, 1000)))
-    return next(name for name in names if not (runs_dir / name).exists())
+def fresh_name() -> str:
+    """A name by the clock, with four random digits for runs that start in the same second."""
+    return f"{datetime.now():%Y-%m-%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _absolute(name: str) -> str:
+    """A local path without regard to the working folder; a hub name, or "demo", as it is."""
+    return str(Path(name).absolute()) if name != "demo" and Path(name).exists() else name
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -167,6 +177,8 @@ def _peek(activations: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
     first = next(rows, None)
     if first is None:
         raise DataError("activations is empty")
+    if not isinstance(first, Tensor):
+        raise DataError(f"activations must yield torch tensors, not {type(first).__name__}")
     if first.ndim != 2 or not first.is_floating_point():
         raise DataError(
             f"activations must yield floating tensors [n, d_in], not {tuple(first.shape)} {first.dtype}"
@@ -212,26 +224,32 @@ def _resolved(config: RunConfig, ring_dtype: torch.dtype, ring_bytes: int, devic
     entries = []
     for name, section, step in variants:
         sae, full = pair(section, step)
-        entries.append(SAEEntry(**sae.model_dump(), name=name, step=full))
+        own = StepConfig(**full.model_dump(exclude={"batch_size"}))
+        entries.append(SAEEntry(**sae.model_dump(), name=name, step=own))
     return config.model_copy(update={"ring": ring, "saes": tuple(entries)})
 
 
-def _metadata(config: RunConfig, source: Source, hook: str, step: StepConfig) -> dict[str, Any]:
+def _metadata(
+    config: RunConfig, source: Source, hook: str, step: StepConfig, *, given: bool
+) -> dict[str, Any]:
     """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
     topk = step.l1_coefficient is None
+    tokenizer = source.tokenizer
+    separator = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
     return {
         "model_name": config.model.name,
         "model_class_name": source.model_class_name,
         "model_weights": source.weights,
+        "model_given": given,
         "model_from_pretrained_kwargs": {},
         "hook_name": hook,
         "hook_head_index": None,
         "context_size": config.data.context_size,
-        "prepend_bos": source.tokenizer is not None,
+        "prepend_bos": separator,
         "seqpos_slice": [None],
         "dataset_path": config.data.dataset,
         "exclude_special_tokens": config.data.exclude != "none",
-        "sequence_separator_token": "bos",
+        "sequence_separator_token": "bos" if separator else None,
         "disable_concat_sequences": False,
         "training_architecture": "topk" if topk else "standard",
         "training_architecture_details": {} if topk else {"l1_coefficient": step.l1_coefficient},

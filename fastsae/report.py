@@ -101,9 +101,9 @@ def summary(result: Result) -> dict[str, Any]:
 def closing_table(metrics: Metrics) -> Table:
     """Per SAE its figures on the held-out tokens, and under it the baselines at the same l0."""
     table = Table(title="on held-out tokens", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for name in ("score", "fvu", "l0", "silent", "CE", "CE clean", "CE zero"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     reasons = []
     for key, row in metrics.items():
         figures = [row.get("reconstruction_score"), row.get("fvu"), row.get("l0")]

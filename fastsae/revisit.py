@@ -30,8 +30,13 @@ def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dic
         raise RunError(
             f"{path} was trained on given activations: there is no source model to validate it with"
         )
+    if any(sae.metadata.get("model_given") for sae in saes.values()):
+        raise RunError(
+            f"{path} was trained on a model object, which its name may not lead back to; call fastsae.evaluate with it"
+        )
     used = config.model.model_copy(update={"hook": tuple(dict.fromkeys(hooks.values()))})
     source = load_source(used, device)
+    source.check_context_size(config.data.context_size)
     tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
     tokens.train.close()
     pairs = {name: (hooks[name], sae) for name, sae in saes.items()}

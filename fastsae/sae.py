@@ -53,7 +53,7 @@ class SAE(nn.Module):
         self.metadata: dict[str, Any] = {}
         d_out = cfg.d_out or cfg.d_in
         norm = 1.0 if cfg.decoder_norm == "unit" else FREE_NORM
-        rows = torch.randn(cfg.d_sae, d_out, generator=generator(seed, "sae/W_dec"))
+        rows = torch.randn(cfg.d_sae, d_out, generator=generator(seed, "sae/W_dec"), dtype=torch.float32)
         W_dec = norm * rows / rows.norm(dim=-1, keepdim=True)
         if d_out == cfg.d_in:
             W_encT = W_dec * (2 * cfg.d_in / cfg.d_sae / norm**2)
@@ -141,7 +141,7 @@ class SAE(nn.Module):
             tensors = load_file(folder / WEIGHTS_FILE)
         except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunError(f"cannot read an SAE in {folder}: {error}") from None
-        if "fastsae" not in config:
+        if not isinstance(config, dict) or "fastsae" not in config:
             raise RunError(f"{folder / CONFIG_FILE} was not written by fastsae (it has no key named fastsae)")
         try:
             shape = SAEConfig(**config["fastsae"]["config"])
@@ -154,7 +154,9 @@ class SAE(nn.Module):
         if wanted != found:
             raise RunError(f"{folder / WEIGHTS_FILE} has {found}, but its {CONFIG_FILE} wants {wanted}")
         sae.load_folded(tensors)
-        sae.metadata = {k: v for k, v in config.get("metadata", {}).items() if not k.startswith("sae_lens")}
+        metadata = config.get("metadata")
+        if isinstance(metadata, dict):
+            sae.metadata = {k: v for k, v in metadata.items() if not k.startswith("sae_lens")}
         return sae
 
     def _saelens_config(self) -> dict[str, Any]:

@@ -284,6 +284,8 @@ def _no_cross_entropy(source: Source, missing: Iterable[str]) -> str | None:
     sizes = {source.d_vocab, int(getattr(cfg, "d_vocab_out", source.d_vocab))}
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[-1] not in sizes:
         return f"{name} yields no next-token logits"
+    if not logits.isfinite().all():
+        return f"{name}'s logits are NaN or infinite in {source.dtype}"
     early = logits[:, :-1].float()
     causal = (early[0] - early[1]).abs().max() <= 1e-3 * early.abs().max()
     declared = (

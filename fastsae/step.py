@@ -248,8 +248,9 @@ class _Counters:
         sums, bad = self.state["counters.sums"], self.state["counters.first_bad_step"]
         means = torch.stack([*out, grad_norm, torch.ones_like(grad_norm)])
         sums[:-1].add_(means.to(sums.dtype), alpha=n)
-        sums[-1].add_(target.square().sum(dtype=sums.dtype))
-        self.state["counters.x"].add_(target.sum(0, dtype=sums.dtype))
+        target = target.to(sums.dtype)
+        sums[-1].add_(target.square().sum())
+        self.state["counters.x"].add_(target.sum(0))
         bad.masked_fill_((bad < 0) & ~out.loss.isfinite(), step)
 
     def read(self, dead_fraction: Tensor) -> dict[str, float]:
@@ -260,7 +261,7 @@ class _Counters:
         figures = {
             **dict(zip(self.NAMES, sums[:-2] / rows, strict=True)),
             "mse": mse / rows / self.scale**2,
-            "fvu": mse / variance.clamp(min=TINY),
+            "fvu": torch.where(variance > 1e-9 * sums[-1], mse / variance, float("nan")),  # nothing varies
             "dead_fraction": dead_fraction,
             "first_bad_step": self.state["counters.first_bad_step"],
         }

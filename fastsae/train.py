@@ -1,11 +1,12 @@
 """A run: `train` from a config to a Result, and the loop, which reads from top to bottom."""
 
+import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.checkpoint import CONFIG_FILE, SAES, save_checkpoint, save_saes
+from fastsae.checkpoint import CONFIG_FILE, save_checkpoint, save_final
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
-from fastsae.errors import DataError, NonFiniteLossError, RunError
+from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.init import initialise
 from fastsae.log import JsonlSink, Sink, Sinks, WandbSink
+from fastsae.memory import refused_if_too_large
 from fastsae.prepare import ACTIVATIONS, Job, prepare
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
@@ -109,28 +111,29 @@ class _Loop:
                 checkpoint = crossed(self.n_tokens, n_rows, save.checkpoint_every)
                 if self.n_done % config.log.every == 0 or validate or checkpoint:
                     self.report()
-                if validate:
-                    self.validate()
                 if checkpoint:
                     self.checkpoint(ring)
                 if self.stop.is_set():
                     break
+                if validate:
+                    self.validate()
         except _InterruptedError:
             pass
-        except DataError as error:
-            self.report()
-            self.checkpoint(ring)
-            raise DataError(f"{error}; the run ends with the checkpoint {self.last_checkpoint}") from None
+        except (DataError, RunError) as error:
+            with suppress(FastSAEError):
+                self.checkpoint(ring)
+            last = self.last_checkpoint or "none: nothing could be written"
+            raise type(error)(f"{error}; the run ends, its last checkpoint is {last}") from None
         tokens_per_second = self.n_tokens / self.clock.seconds()
         self.report()
         self.checkpoint(ring)
+        save_final(self.job.run_dir, self.job.saes)
+        self.validations = {}
         interrupted = self.stop.is_set() and self.n_tokens < config.n_tokens
-        if interrupted:
-            self.validations = {}
-        else:
+        if not interrupted:
             self.warn_if_early()
-            self.validate(baselines=save.baselines)
-        save_saes(self.job.run_dir / SAES, self.job.saes)
+            with suppress(_InterruptedError):
+                self.validate(baselines=save.baselines)
         metrics = {key: {**row, **self.validation_row(key)} for key, row in self.figures.items()}
         return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
 
@@ -160,9 +163,12 @@ class _Loop:
         with self.clock.stopped():
             saes = {key: (job.hook_of[key], sae) for key, sae in job.saes.items()}
             held_out, batch_size = job.tokens.validation, job.config.model.batch_size
-            self.validations = evaluate(
-                job.source, saes, held_out, batch_size=batch_size, baselines=baselines
-            )
+            try:
+                self.validations = evaluate(
+                    job.source, saes, held_out, batch_size=batch_size, baselines=baselines
+                )
+            except KeyboardInterrupt:
+                raise _InterruptedError from None
         for key in self.validations:
             self.log("validation", key, self.validation_row(key))
 
@@ -174,11 +180,17 @@ class _Loop:
         return {"n_validation_tokens": figures.pop("n_tokens"), **figures}
 
     def checkpoint(self, ring: RingBuffer) -> None:
-        """Save everything, once per step."""
+        """Save everything, once per step. Raises NonFiniteLossError in place of saving NaN or infinity."""
         if self.saved_at == self.n_done:
             return
-        self.saved_at = self.n_done
         job = self.job
+        for key, sae in job.saes.items():
+            if not all(bool(p.isfinite().all()) for p in sae.parameters()):
+                raise NonFiniteLossError(
+                    f"the weights of {key} became NaN or infinite by step {self.n_done}; last good checkpoint: "
+                    f"{self.last_checkpoint or 'none yet'}; config: {job.run_dir / CONFIG_FILE}"
+                )
+        self.saved_at = self.n_done
         position = job.tokens.train.state_dict() if job.tokens is not None else {}
         state = {"step": self.n_done, "ring": ring.state_dict(), "tokens": position}
         with self.clock.stopped():
@@ -202,17 +214,18 @@ def crossed(n: int, n_new: int, every: int | None) -> bool:
 
 def _ring(job: Job) -> RingBuffer:
     config = job.config
-    return RingBuffer(
-        job.widths,
-        config.ring.capacity,
-        min(config.step.batch_size, config.n_tokens),
-        n_rows=config.n_tokens,
-        max_write=job.max_write,
-        device=job.device,
-        dtype=job.ring_dtype,
-        placement=config.ring.placement,
-        seed=config.seed,
-    )
+    with refused_if_too_large(f"ring.capacity = {config.ring.capacity}"):
+        return RingBuffer(
+            job.widths,
+            config.ring.capacity,
+            min(config.step.batch_size, config.n_tokens),
+            n_rows=config.n_tokens,
+            max_write=job.max_write,
+            device=job.device,
+            dtype=job.ring_dtype,
+            placement=config.ring.placement,
+            seed=config.seed,
+        )
 
 
 def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
@@ -241,8 +254,14 @@ def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], b
     return more
 
 
+def _checked(chunk: Any) -> Tensor:
+    if not isinstance(chunk, Tensor):
+        raise DataError(f"activations must yield torch tensors, not {type(chunk).__name__}")
+    return chunk
+
+
 def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[], bool]:
-    pieces = (piece for chunk in rows for piece in chunk.split(size))
+    pieces = (piece for chunk in map(_checked, rows) for piece in chunk.split(size))
     width = None
 
     def more() -> bool:
@@ -289,18 +308,21 @@ class _InterruptedError(KeyboardInterrupt):
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets, so that a step is never cut in half; a second Ctrl-C raises."""
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a step is never cut in half; a second Ctrl-C raises."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # as under nohup
+    before = {number: signal.signal(number, ask) for number in numbers if number not in ignored}
     try:
         yield stop
     finally:

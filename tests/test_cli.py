@@ -129,6 +129,10 @@ BAD_FLAGS = [
     (["--set", "n_tokens=true"], ["n_tokens", "True"]),
     (["--set", "data.exclude=[-3]"], ["data.exclude", "-3"]),
     (["--wandb", ""], ["log.wandb"]),
+    (["--set", "my-key=1"], ["my-key"]),
+    (["--set", "data.my-key=1"], ["data.my-key"]),
+    (["--name", "n" * 300], ["name", "100 bytes"]),
+    (["--d-sae", "100000000000"], ["sae.d_sae", "memory"]),
     (["--wandb", "a/b:c"], ["wandb", "a/b:c"]),
     (["--batch-size", "-4"], ["step.batch_size", "-4"]),
     (["--set", "ring.capacity=100"], ["ring.capacity = 100", "128", "64", "256"]),
@@ -206,3 +210,34 @@ def test_unknown_flags_and_files(monkeypatch, capfd, run):
     monkeypatch.setattr(sys, "argv", ["fastsae", "eval", "nowhere"])
     code, _, err = outcome(capfd)
     assert code == 2 and "nowhere" in error_line(err)
+
+
+def test_a_flag_that_an_entry_would_hide_is_refused(run, tmp_path):
+    entries = [{"k": 4, "activation": "topk"}, {"name": "two", "step": {"lr": 1e-3}}]
+    code, _, err = run("--k", "2", saes=entries)
+    assert code == 2 and "saes[0]" in error_line(err) and "sae.k" in error_line(err)
+    code, _, err = run("--lr", "2", saes=entries)
+    assert code == 2 and "saes[1]" in error_line(err) and "step.lr" in error_line(err)
+    assert run("--n-tokens", "50", "--batch-size", "64", saes=entries)[0] == 0
+
+
+def test_json_has_null_for_what_is_not_finite(run):
+    """Zeros for a layer norm's scale divide by zero: no cross-entropy, and the reason why."""
+    code, out, _ = run("--json", "--hook", "blocks.1.ln1.hook_scale", "--n-tokens", "300")
+    figures = json.loads(out.splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and figures["reconstruction_score"] is figures["ce_zero"] is None
+    assert "not finite" in figures["ce_reason"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
+    code, _, err = run("--lr", "1e30", "--n-tokens", "300", "--name", "wild")
+    assert code == 2 and "NaN or infinite" in error_line(err)
+    assert not (tmp_path / "runs" / "wild" / "saes").exists()
+
+
+def test_eval_wants_a_context_that_fits(run, tmp_path, monkeypatch, capfd):
+    assert run("--name", "mine", "--n-tokens", "50")[0] == 0
+    arguments = ["fastsae", "eval", str(tmp_path / "runs" / "mine"), "--set"]
+    for assignment, code in (("data.context_size=99", 2), ("device=cpu", 0)):
+        monkeypatch.setattr(sys, "argv", [*arguments, assignment])
+        assert outcome(capfd)[0] == code

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastsae.config import ModelConfig
+from fastsae.errors import DataError
 from fastsae.harvest import Harvester
 from fastsae.packing import TokenBatch
 from fastsae.ring import RingBuffer
@@ -30,6 +31,8 @@ def batch_of(n: int, seed: int = 0) -> TokenBatch:
 
 class Stream:
     """Hands out the contexts of one batch."""
+
+    epoch = 0
 
     def __init__(self, batch: TokenBatch) -> None:
         self.batch, self.taken = batch, 0
@@ -109,6 +112,19 @@ def test_forward_with_nothing_to_keep_is_skipped(source):
     assert harvester.forward() and not calls
     assert harvester.forward() and len(calls) == 1
     handle.remove()
+
+
+def test_an_epoch_without_a_position_that_counts_is_named(source):
+    class Repeating(Stream):
+        def take(self, n_contexts):
+            if self.taken == len(self.batch):
+                self.taken, self.epoch = 0, self.epoch + 1
+            return super().take(n_contexts)
+
+    batch, ring = batch_of(4), ListRing(100)
+    batch.keep[:] = False
+    with pytest.raises(DataError, match=r"data\.exclude"):
+        fill(ring, Harvester(source, Repeating(batch), ring, 2))
 
 
 def test_later_blocks_do_not_run(source):

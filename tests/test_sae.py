@@ -117,6 +117,10 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     (folder / CONFIG_FILE).write_text('{"architecture": "standard"}')
     with pytest.raises(RunError, match="not written by fastsae"):
         load(folder)
+    for text in ("null", "[]", '{"fastsae": null}'):
+        (folder / CONFIG_FILE).write_text(text)
+        with pytest.raises(RunError):
+            load(folder)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(RunError, match="cannot write"):

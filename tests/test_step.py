@@ -1,6 +1,7 @@
 """The hand-written gradient against fp64 autograd of losses.total, and the step against torch.optim.Adam."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -210,6 +211,18 @@ def test_read_means_over_rows_and_resets():
     assert got["first_bad_step"] == -1
     step(x)
     assert step.read()["mse"] == pytest.approx((sae(x) - x).square().sum(-1).mean().item(), rel=1e-4)
+
+
+def test_fvu_holds_for_a_large_mean_and_is_nan_where_nothing_varies():
+    sae = SAE(SAEConfig(D_IN, D_SAE))
+    step = TrainStep(sae, StepConfig(lr=1e-30))
+    x = torch.randn(500, D_IN, generator=torch.Generator().manual_seed(0)) + 3000
+    step(x)
+    error = (sae(x).double() - x).square().sum()
+    truth = (error / (x.double() - x.double().mean(0)).square().sum()).item()
+    assert step.read()["fvu"] == pytest.approx(truth, rel=1e-3)
+    step(torch.ones(50, D_IN))
+    assert math.isnan(step.read()["fvu"])
 
 
 def test_the_first_non_finite_loss_is_named():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +17,9 @@ from fastsae.checkpoint import checkpoints
 from fastsae.configfile import load_config
 from fastsae.evaluate import evaluate
 from fastsae.harvest import Harvester
-from fastsae.log import Sink
+from fastsae.log import JsonlSink, Sink
 from fastsae.prepare import prepare
+from fastsae.revisit import evaluate_run
 from fastsae.source import load_source
 from fastsae.tokens import open_tokens
 from tests.tiny_models import D_MODEL, save_model
@@ -35,6 +37,9 @@ def weights(result, key=HOOK):
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+train_module = sys.modules["fastsae.train"]  # fastsae.train is the function
 
 
 class Count(Sink):
@@ -311,6 +316,57 @@ def test_a_model_that_is_given_is_named_in_the_config(config, world):
     result = fastsae.train(config(model={"name": "demo"}), model=bridge)
     resolved = load_config(result.run_dir / "config.toml")
     assert resolved.model.name == world["model"] == result.saes[HOOK].metadata["model_name"]
+    with pytest.raises(fastsae.RunError, match="model object"):
+        evaluate_run(result.run_dir, load_config)
+
+
+def test_final_saes_appear_together_or_not_at_all(config, monkeypatch):
+    real, calls = fastsae.SAE.save, []
+
+    def save(self, folder):
+        calls.append(folder)
+        if len(calls) == 4:  # two for the checkpoint
+            raise fastsae.RunError("the disk is full")
+        real(self, folder)
+
+    monkeypatch.setattr(fastsae.SAE, "save", save)
+    with pytest.raises(fastsae.RunError, match="the disk is full"):
+        fastsae.train(config(saes=[{"name": "a"}, {"name": "b"}]))
+    run_dir = config().runs_dir / "run"
+    assert not (run_dir / "saes").exists()
+    assert list(fastsae.load_all(run_dir)) == [f"{HOOK}/a", f"{HOOK}/b"]
+
+
+def test_ctrl_c_in_a_validation_ends_with_a_checkpoint(config, monkeypatch):
+    monkeypatch.setattr(train_module, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = fastsae.train(config(save={"validate_every": 1000}))
+    assert [int(p.name) for p in checkpoints(result.run_dir)] == [1024]
+    assert fastsae.load(result.run_dir).cfg.d_sae == 48
+
+
+def test_metrics_that_cannot_be_written_end_with_a_checkpoint(config, monkeypatch):
+    def full(self, row):
+        raise fastsae.RunError("cannot write metrics.jsonl: No space left on device")
+
+    monkeypatch.setattr(JsonlSink, "row", full)
+    with pytest.raises(fastsae.RunError, match=r"No space left.*checkpoints/\d+"):
+        fastsae.train(config())
+    assert checkpoints(config().runs_dir / "run")
+
+
+def test_fp64_activations_keep_their_type(tmp_path):
+    run = load_config(
+        None, {"runs_dir": str(tmp_path), "n_tokens": 500, "device": "cpu", "sae": {"d_sae": 16}}
+    )
+    result = fastsae.train(run, activations=[torch.randn(500, 8, dtype=torch.float64)])
+    assert load_config(result.run_dir / "config.toml").ring.dtype == "float64"
+
+
+def test_relu_and_topk_side_by_side(config):
+    entries = [{"name": "topk"}, {"name": "relu", "activation": "relu"}]
+    result = fastsae.train(config(sae={"activation": "topk", "k": 4}, saes=entries))
+    again = load_config(result.run_dir / "config.toml", {"name": "again"})
+    assert same(weights(fastsae.train(again), f"{HOOK}/relu"), weights(result, f"{HOOK}/relu"))
 
 
 def test_training_can_start_from_an_sae(config):

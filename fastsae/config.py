@@ -307,13 +307,8 @@ class RunConfig(Section):
             return [("", self.sae, self.step)]
         result = []
         for entry in self.saes:
-            base = (
-                self.sae
-                if entry.activation == "topk" or "activation" not in entry.model_fields_set
-                else (
-                    self.sae.model_copy(update={"k": None})  # k is topk's
-                )
-            )
+            leaves_topk = "activation" in entry.model_fields_set and entry.activation != "topk"
+            base = self.sae.model_copy(update={"k": None}) if leaves_topk else self.sae
             own = {f: getattr(entry, f) for f in SAESection.model_fields if f in entry.model_fields_set}
             own_step = {
                 f: getattr(entry.step, f) for f in StepConfig.model_fields if f in entry.step.model_fields_set

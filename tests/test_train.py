@@ -298,6 +298,13 @@ def test_data_that_breaks_in_the_middle_leaves_a_checkpoint(config, monkeypatch)
     assert load_config(folder / "config.toml").n_tokens == 5000
 
 
+@pytest.mark.parametrize("n_tokens", [50, 1200, 5000])
+def test_the_ring_takes_the_memory_that_was_predicted(config, n_tokens):
+    job = prepare(config(n_tokens=n_tokens, model={"hook": ["blocks.*.hook_mlp_out"]}))
+    job.close()
+    assert train_module._ring(job).mem_bytes == job.mem_bytes["ring"]
+
+
 def test_the_clock_counts_the_first_fill(config, monkeypatch):
     """One fill is the run: its forwards are most of the time."""
     real = Harvester.forward

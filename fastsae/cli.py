@@ -1,9 +1,7 @@
 """The command line: flags become overrides of the config, the config becomes one call."""
 
-import platform
 import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +111,7 @@ def train(
         f"{result.n_tokens:,} activations, SAEs in {result.run_dir}/saes", highlight=False, soft_wrap=True
     )
     if json_:
-        print(to_json(summary(result)))
+        print(to_json(summary(result, job.device)))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -143,16 +141,10 @@ def eval_(
 @app.command()
 def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     """Versions, device and backend; with a config, the memory that its run will take."""
-    import torch
-
     from fastsae.prepare import pick_device, prepare
-    from fastsae.report import info_table, memory_table
+    from fastsae.report import device_name, info_table, memory_table, versions
 
-    packages = ("fastsae", "torch", "triton", "transformer-lens", "transformers", "datasets")
-    facts = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
-    device = pick_device("auto")
-    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts["step"] = "dense, PyTorch ops"
+    facts = {**versions(), "device": device_name(pick_device("auto")), "step": "dense, PyTorch ops"}
     mem_bytes = None
     if config is not None:
         job = prepare(
@@ -190,13 +182,6 @@ def _add(data: dict[str, Any], new: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: this field is set twice on the command line")
         else:
             data[key] = value
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
 """What a person sees: the live bar, the closing table, and the same figures as JSON."""
 
+import platform
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -87,7 +90,23 @@ def figures_json(metrics: Metrics) -> dict[str, Any]:
     return by_name
 
 
-def summary(result: Result) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Python, and the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in ("fastsae", "torch", "triton", "transformer-lens", "transformers", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def summary(result: Result, device: torch.device) -> dict[str, Any]:
     """What `fastsae train --json` prints as its last line."""
     return {
         "run_dir": str(result.run_dir),
@@ -95,6 +114,8 @@ def summary(result: Result) -> dict[str, Any]:
         "tokens_per_second": result.tokens_per_second,
         "interrupted": result.interrupted,
         **figures_json(result.metrics),
+        "device": device_name(device),
+        "versions": versions(),
     }
 
 

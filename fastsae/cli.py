@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fastsae import __version__
 from fastsae.config import RunConfig
 from fastsae.configfile import load_config, parse_assignment, to_toml
 from fastsae.errors import ConfigError, FastSAEError
@@ -29,6 +30,21 @@ Set = Annotated[
     typer.Option("--set", help="Any other field: section.field=value.", metavar="FIELD=VALUE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Last line of standard output is one JSON object.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train sparse autoencoders on the activations of language models."""
 
 
 @app.command()
@@ -110,6 +126,10 @@ def train(
     console.print(
         f"{result.n_tokens:,} activations, SAEs in {result.run_dir}/saes", highlight=False, soft_wrap=True
     )
+    if result.interrupted:
+        console.print(
+            f"interrupted; fastsae eval {result.run_dir} validates it", highlight=False, soft_wrap=True
+        )
     if json_:
         print(to_json(summary(result, job.device)))
     if result.interrupted:

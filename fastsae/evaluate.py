@@ -8,7 +8,8 @@ inserted BOS is neither.
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -55,6 +56,11 @@ class Validation:
     baselines: dict[str, dict[str, float | None]] | None = None
     """"mean_ablation", "pca" and "random_dictionary" -> score, fvu, l0; see `_baselines`."""
 
+    def row(self) -> dict[str, Any]:
+        """The figures as part of a row of metrics, where n_tokens are those trained on."""
+        figures = asdict(self)
+        return {"n_validation_tokens": figures.pop("n_tokens"), **figures}
+
 
 @torch.no_grad()
 def evaluate(
@@ -92,9 +98,7 @@ def evaluate(
     with eval_mode([module for _, sae in saes.values() for module in sae.modules()]):
         clean = run(source, tokens, batch_size, [*zeros.values(), *splices.values()], moments)
     found = {
-        name: _validation(
-            source, tokens, clean, zeros[hook], splices[name], moments[hook], f"{name} at {hook}"
-        )
+        name: _validation(source, tokens, clean, zeros[hook], splices[name], moments[hook], name)
         for name, (hook, _) in saes.items()
     }
     if not baselines:

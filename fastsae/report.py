@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastsae import memory
+from fastsae import __version__, memory
 from fastsae.log import Row, Sink
 from fastsae.metrics import short_count
 from fastsae.train import Result
@@ -92,8 +92,8 @@ def figures_json(metrics: Metrics) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python, and the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in ("fastsae", "torch", "triton", "transformer-lens", "transformers", "datasets"):
+    found = {"python": platform.python_version(), "fastsae": __version__}
+    for package in ("torch", "triton", "transformer-lens", "transformers", "datasets"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,7 +1,6 @@
 """Validate what a run left, with the model and the tokens of that run."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,4 +42,4 @@ def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dic
     results = evaluate(
         source, pairs, tokens.validation, batch_size=config.model.batch_size, baselines=config.save.baselines
     )
-    return {name: asdict(result) for name, result in results.items()}
+    return {name: result.row() for name, result in results.items()}

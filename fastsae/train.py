@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ class _Loop:
             self.warn_if_early()
             with suppress(_InterruptedError):
                 self.validate(baselines=save.baselines)
-        metrics = {key: {**row, **self.validation_row(key)} for key, row in self.figures.items()}
+        rows = {key: validation.row() for key, validation in self.validations.items()}
+        metrics = {key: {**figures, **rows.get(key, {})} for key, figures in self.figures.items()}
         return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
 
     def log(self, kind: str, key: str, row: dict[str, Any]) -> None:
@@ -169,15 +170,8 @@ class _Loop:
                 )
             except KeyboardInterrupt:
                 raise _InterruptedError from None
-        for key in self.validations:
-            self.log("validation", key, self.validation_row(key))
-
-    def validation_row(self, key: str) -> dict[str, Any]:
-        """The last validation of an SAE as part of a row, where n_tokens are those trained on."""
-        if key not in self.validations:
-            return {}
-        figures = asdict(self.validations[key])
-        return {"n_validation_tokens": figures.pop("n_tokens"), **figures}
+        for key, validation in self.validations.items():
+            self.log("validation", key, validation.row())
 
     def checkpoint(self, ring: RingBuffer) -> None:
         """Save everything, once per step. Raises NonFiniteLossError in place of saving NaN or infinity."""
@@ -315,7 +309,7 @@ def _interruptible() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
+        os.write(2, b"\nstopping when what is under way is done and saved; once more to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread

@@ -69,6 +69,7 @@ def test_json_is_the_last_line_and_eval_repeats_it(run, tmp_path, monkeypatch, c
     code, out, err = outcome(capfd)
     again = json.loads(out.splitlines()[-1])
     assert code == 0 and again["fvu"] == pytest.approx(figures["fvu"], rel=1e-5)
+    assert again["n_validation_tokens"] == figures["n_validation_tokens"] >= 600
     assert again["ce_spliced"] == pytest.approx(figures["ce_spliced"], rel=1e-5)
 
 
@@ -200,6 +201,11 @@ def test_a_runs_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = run("--runs-dir", tmp_path / "file")
     assert code == 2 and "cannot write" in error_line(err)
+
+
+def test_version(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["fastsae", "--version"])
+    assert outcome(capfd)[:2] == (0, f"{cli.__version__}\n")
 
 
 def test_unknown_flags_and_files(monkeypatch, capfd, run):

@@ -267,7 +267,7 @@ def test_no_cross_entropy_where_it_means_nothing(folders, kind):
 
 def test_no_score_where_zeros_do_no_harm(tmp_path):
     source = load(save_model("gpt2", tmp_path))
-    with pytest.warns(UserWarning, match="a at blocks.1.hook_resid_pre: no reconstruction score"):
+    with pytest.warns(UserWarning, match="a: no reconstruction score"):
         result = one(source, Half())
     assert result.reconstruction_score is None and result.ce_spliced is not None
 

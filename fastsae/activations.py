@@ -49,9 +49,8 @@ def largest(values: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n
     """True at the k largest positive values of each row, or at all where there are fewer; ties go to the smallest index."""
     kth = values.topk(k, dim=-1).values[..., -1:]
     chosen = (values >= kth) & (values > 0)
-    if (
-        values.device.type == "cpu" and not (chosen.sum(-1) > k).any()
-    ):  # no ties; a GPU would have to be waited for
+    # Without ties that is all; only a CPU can be asked whether there are any without waiting.
+    if values.device.type == "cpu" and not (chosen.sum(-1) > k).any():
         return chosen
     above, ties = values > kth, values == kth
     wanted = k - above.sum(-1, keepdim=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastsae.config import ModelConfig
-from fastsae.errors import SourceError
+from fastsae.errors import SourceError, first_line
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
@@ -123,8 +123,3 @@ def weights_of(model: Any) -> str:
     """Whether TransformerLens has folded the weights of a model that was given to us."""
     folded = str(getattr(model.cfg, "normalization_type", None)).endswith("Pre")
     return "processed" if folded or getattr(model, "_weights_processed", False) else "raw"
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

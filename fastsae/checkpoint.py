@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastsae.errors import RunError
+from fastsae.errors import RunError, reason
 from fastsae.sae import CONFIG_FILE as SAE_CONFIG_FILE
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
@@ -43,7 +43,7 @@ def save_final(run_dir: Path, saes: Mapping[str, SAE]) -> None:
         save_saes(aside, saes)
         os.replace(aside, run_dir / SAES)
     except OSError as error:
-        raise RunError(f"cannot write {run_dir / SAES}: {error.strerror or error}") from None
+        raise RunError(f"cannot write {run_dir / SAES}: {reason(error)}") from None
 
 
 def save_checkpoint(
@@ -75,9 +75,7 @@ def save_checkpoint(
         os.replace(aside, final)
     except (OSError, SafetensorError, RunError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(
-            f"cannot write the checkpoint {final}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise RunError(f"cannot write the checkpoint {final}: {reason(error)}") from None
     if keep is not None:
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)

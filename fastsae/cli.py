@@ -9,13 +9,11 @@ import typer
 from rich.console import Console
 
 from fastsae import __version__
-from fastsae.config import RunConfig
 from fastsae.configfile import load_config, parse_assignment, to_toml
 from fastsae.errors import ConfigError, FastSAEError
 from fastsae.metrics import to_json
 
 app = typer.Typer(
-    help="Train sparse autoencoders on the activations of language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,7 +76,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train the SAEs of a config. Without arguments: the built-in demo, offline, in a few minutes."""
-    flags = {
+    fields = {
         "n_tokens": n_tokens,
         "seed": seed,
         "device": device,
@@ -91,14 +89,12 @@ def train(
         "step": {"l1_coefficient": l1, "lr": lr, "batch_size": batch_size, "precision": precision},
         "log": {"wandb": wandb},
     }
+    overrides = merged(fields, set_)
     if config is None and model is None:
         from fastsae.demo import config_path
 
-        chosen = [
-            text.partition("=")[2].strip(" \"'") for text in set_ or [] if text.startswith("sae.activation=")
-        ]
-        config = config_path(activation or (chosen[0] if chosen else "relu"))
-    resolved = read_config(config, flags, set_)
+        config = config_path(overrides.get("sae", {}).get("activation", "relu"))
+    resolved = load_config(config, overrides)
     console = Console(stderr=json_)
 
     from fastsae.prepare import prepare
@@ -149,10 +145,8 @@ def eval_(
     from fastsae.report import closing_table, figures_json
     from fastsae.revisit import evaluate_run
 
-    moved = device is None and any(text.startswith("device=") for text in set_ or [])
-    metrics = evaluate_run(
-        path, lambda file: read_config(file, {} if moved else {"device": device or "auto"}, set_)
-    )
+    overrides = {"device": "auto", **merged({"device": device}, set_)}
+    metrics = evaluate_run(path, lambda file: load_config(file, overrides))
     Console(stderr=json_).print(closing_table(metrics))
     if json_:
         print(to_json(figures_json(metrics)))
@@ -167,9 +161,8 @@ def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     facts = {**versions(), "device": device_name(pick_device("auto")), "step": "dense, PyTorch ops"}
     mem_bytes = None
     if config is not None:
-        job = prepare(
-            read_config(config, {}, set_).model_copy(update={"name": None})
-        )  # no new run, no new name
+        unnamed = load_config(config, merged({}, set_)).model_copy(update={"name": None})  # it is no new run
+        job = prepare(unnamed)
         job.close()
         mem_bytes = job.mem_bytes
     if json_:
@@ -181,12 +174,12 @@ def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
         console.print(memory_table(mem_bytes))
 
 
-def read_config(path: Path | None, flags: dict[str, Any], assignments: list[str] | None) -> RunConfig:
-    """File, then flags, then --set; a field that is set twice on the command line is refused."""
+def merged(flags: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """Flags that were given, and --set, nested like the file; a field that is set twice is refused."""
     overrides = _without_none(flags)
     for text in assignments or []:
         _add(overrides, parse_assignment(text), text)
-    return load_config(path, overrides)
+    return overrides
 
 
 def _without_none(data: dict[str, Any]) -> dict[str, Any]:

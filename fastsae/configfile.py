@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tomlkit.exceptions import TOMLKitError
 
 from fastsae.config import RunConfig
-from fastsae.errors import ConfigError
+from fastsae.errors import ConfigError, reason
 from fastsae.explain import explain
 
 
@@ -23,7 +23,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
         try:
             data = tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+            raise ConfigError(f"cannot read {path}: {reason(error)}") from None
         except TOMLKitError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
     merged = _merge(data, overrides or {})

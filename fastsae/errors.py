@@ -23,3 +23,14 @@ class RunError(FastSAEError):
 
 class NonFiniteLossError(FastSAEError):
     """The loss became NaN or infinite."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: the system's words, or the first line of the error's own."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

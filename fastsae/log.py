@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fastsae.errors import RunError
+from fastsae.errors import RunError, reason
 from fastsae.metrics import to_json
 
 Row = Mapping[str, Any]
@@ -36,7 +36,7 @@ class JsonlSink(Sink):
             self._file.write(to_json(dict(row)) + "\n")
             self._file.flush()
         except OSError as error:
-            raise RunError(f"cannot write {self._file.name}: {error.strerror or error}") from None
+            raise RunError(f"cannot write {self._file.name}: {reason(error)}") from None
 
     def close(self) -> None:
         with suppress(OSError):  # what could not be written was said already
@@ -52,7 +52,7 @@ class WandbSink(Sink):
         try:
             self._run = wandb.init(project=project, name=name, config=dict(config), dir=str(folder))
         except wandb.errors.Error as error:
-            raise RunError(f"wandb cannot log to {project}: {str(error).splitlines()[0]}") from None
+            raise RunError(f"wandb cannot log to {project}: {reason(error)}") from None
         self._run.define_metric("n_tokens")
         self._run.define_metric("*", step_metric="n_tokens")
 

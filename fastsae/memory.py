@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from fastsae.config import RunConfig, SAEConfig
-from fastsae.errors import ConfigError
-from fastsae.ring import SEGMENTS
+from fastsae.errors import ConfigError, first_line
+from fastsae.ring import rows_held
 
 
 def predict(
@@ -25,8 +25,7 @@ def predict(
     dense path: pre_acts, acts, the gradient, two masks, and two more pre_acts-sized ones while topk selects.
     """
     batch = min(config.step.batch_size, config.n_tokens)
-    capacity = -(-min(config.ring.capacity, config.n_tokens) // SEGMENTS) * SEGMENTS
-    carry = max_write - 1 if config.n_tokens > capacity else 0
+    slots, carry = rows_held(config.ring.capacity, config.n_tokens, max_write)
     row_bytes = sum(widths.values()) * ring_dtype.itemsize
     sizes = [n_parameters(shape) for shape in shapes.values()]
     element = 2 if config.step.precision == "bf16" else 4
@@ -35,7 +34,7 @@ def predict(
         + 4 * batch * max(shape.d_in, shape.d_out or 0) * 4
         for shape in shapes.values()
     )
-    return {"ring": (capacity + carry + batch) * row_bytes, "saes": 4 * 4 * sum(sizes), "step": step}
+    return {"ring": (slots + carry + batch) * row_bytes, "saes": 4 * 4 * sum(sizes), "step": step}
 
 
 def n_parameters(shape: SAEConfig) -> int:
@@ -60,5 +59,4 @@ def refused_if_too_large(what: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, as is the CPU's
         if isinstance(error, RuntimeError) and not re.search("memory|allocate|overflow", str(error)):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        raise ConfigError(f"{what} does not fit into memory: {reason}") from None
+        raise ConfigError(f"{what} does not fit into memory: {first_line(error)}") from None

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastsae import memory
 from fastsae.checkpoint import load_all
-from fastsae.config import RunConfig, SAEConfig, SAEEntry, SAESection, StepConfig, resolved_step
-from fastsae.errors import ConfigError, DataError, RunError
+from fastsae.config import RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
+from fastsae.errors import ConfigError, DataError, RunError, first_line
 from fastsae.ring import check_capacity
 from fastsae.sae import SAE
 from fastsae.source import Source, load_source
@@ -82,7 +82,11 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
     check_run_dir(config)
     source, rows, max_write = None, None, config.step.batch_size
     if activations is not None:
-        first, rows = _peek(activations)
+        rows = _checked(activations)
+        first = next(rows, None)
+        if first is None:
+            raise DataError("activations is empty")
+        rows = chain([first], rows)
         widths, ring_dtype = {ACTIVATIONS: first.shape[1]}, first.dtype
     else:
         source = load_source(config.model, device, model)
@@ -109,7 +113,10 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
     initial = _initial(saes, config.init_from) if config.init_from is not None else {}
     shapes = {key: sae.cfg for key, sae in saes.items()}
     mem_bytes = memory.predict(config, widths, shapes, ring_dtype, max_write)
-    config = _resolved(config, ring_dtype, mem_bytes["ring"], device)
+    built = islice(
+        zip(shapes.values(), steps.values(), strict=True), len(config.variants())
+    )  # the first hook's
+    config = _resolved(config, built, ring_dtype, mem_bytes["ring"], device)
     tokens = None
     if source is not None:
         tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
@@ -145,7 +152,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f'device = "{name}" cannot be used: {str(error).splitlines()[0]}') from None
+        raise ConfigError(f'device = "{name}" cannot be used: {first_line(error)}') from None
     return device
 
 
@@ -172,18 +179,20 @@ def check_run_dir(config: RunConfig) -> None:
         )
 
 
-def _peek(activations: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
-    rows = iter(activations)
-    first = next(rows, None)
-    if first is None:
-        raise DataError("activations is empty")
-    if not isinstance(first, Tensor):
-        raise DataError(f"activations must yield torch tensors, not {type(first).__name__}")
-    if first.ndim != 2 or not first.is_floating_point():
-        raise DataError(
-            f"activations must yield floating tensors [n, d_in], not {tuple(first.shape)} {first.dtype}"
-        )
-    return first, chain([first], rows)
+def _checked(activations: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The given activations; DataError at the first that is no floating tensor [n, d_in] of one d_in."""
+    width = None
+    for rows in activations:
+        if not isinstance(rows, Tensor):
+            raise DataError(f"activations must yield torch tensors, not {type(rows).__name__}")
+        if rows.ndim != 2 or not rows.is_floating_point():
+            raise DataError(
+                f"activations must yield floating tensors [n, d_in], not {tuple(rows.shape)} {rows.dtype}"
+            )
+        width = width or rows.shape[1]
+        if rows.shape[1] != width:
+            raise DataError(f"activations must all be [n, {width}]; got {tuple(rows.shape)}")
+        yield rows
 
 
 def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -202,8 +211,14 @@ def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]
     return initial
 
 
-def _resolved(config: RunConfig, ring_dtype: torch.dtype, ring_bytes: int, device: torch.device) -> RunConfig:
-    """Every "auto" that a resume must not decide again, written out."""
+def _resolved(
+    config: RunConfig,
+    built: Iterable[tuple[SAEConfig, StepConfig]],
+    ring_dtype: torch.dtype,
+    ring_bytes: int,
+    device: torch.device,
+) -> RunConfig:
+    """Every "auto" that a resume must not decide again, written out; `built` is what the variants became."""
     placement: str = config.ring.placement
     if placement == "auto":
         room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ring_bytes
@@ -212,18 +227,12 @@ def _resolved(config: RunConfig, ring_dtype: torch.dtype, ring_bytes: int, devic
         update={"placement": placement, "dtype": str(ring_dtype).removeprefix("torch.")}
     )
 
-    def pair(section: SAESection, step: StepConfig) -> tuple[SAESection, StepConfig]:
-        shape = SAEConfig(2, **section.model_dump())  # the width decides nothing but k_aux, which stays open
-        full = resolved_step(step, shape, n_steps(config))
-        return section.model_copy(update={"k": shape.k}), full.model_copy(update={"k_aux": step.k_aux})
-
-    variants = config.variants()
-    if not variants[0][0]:
-        sae, step = pair(*variants[0][1:])
-        return config.model_copy(update={"ring": ring, "sae": sae, "step": step, "saes": ()})
     entries = []
-    for name, section, step in variants:
-        sae, full = pair(section, step)
+    for (name, section, asked), (shape, step) in zip(config.variants(), built, strict=True):
+        sae = section.model_copy(update={"k": shape.k})
+        full = step.model_copy(update={"k_aux": asked.k_aux})  # by default it follows from the width
+        if not name:
+            return config.model_copy(update={"ring": ring, "sae": sae, "step": full, "saes": ()})
         own = StepConfig(**full.model_dump(exclude={"batch_size"}))
         entries.append(SAEEntry(**sae.model_dump(), name=name, step=own))
     return config.model_copy(update={"ring": ring, "saes": tuple(entries)})

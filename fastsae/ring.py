@@ -57,8 +57,8 @@ class RingBuffer:
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         check_capacity(capacity, batch_size, max_write, n_rows)
-        self.segment = -(-min(capacity, n_rows) // SEGMENTS)
-        self.capacity = SEGMENTS * self.segment
+        self.capacity, n_carry = rows_held(capacity, n_rows, max_write)
+        self.segment = self.capacity // SEGMENTS
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self._n_rows = n_rows
         home = torch.device("cpu") if placement == "host" else device
@@ -72,7 +72,7 @@ class RingBuffer:
             }
 
         self._data = rows(self.capacity, home)
-        self._carry = rows(max_write - 1 if n_rows > self.capacity else 0, home)
+        self._carry = rows(n_carry, home)
         self._batch = rows(batch_size, device)
 
         self.fill_number = -1
@@ -203,6 +203,7 @@ class RingBuffer:
     def _live(self) -> Tensor:
         """Slots of every row that is written and not drawn."""
         slots = [torch.empty(0, dtype=torch.int64), self._order[self.cursor :]]
+        # all of this is on the host: nothing waits for the device
         counts = torch.bincount(self._parts[: self._n_filled], minlength=len(self._segments)).tolist()
         sizes = dict(zip(self._segments, counts, strict=True))
         for segment in (s for ages in self._ages for s in ages):
@@ -216,6 +217,12 @@ class RingBuffer:
             _gather(data, slots.to(data.device, non_blocking=True), self._batch[name][at : at + len(slots)])
         self.cursor += len(slots)
         return len(slots)
+
+
+def rows_held(capacity: int, n_rows: int, max_write: int) -> tuple[int, int]:
+    """Slots of a ring, and rows that may wait for its next fill, in a run of `n_rows`; see RingBuffer."""
+    slots = -(-min(capacity, n_rows) // SEGMENTS) * SEGMENTS
+    return slots, max_write - 1 if n_rows > slots else 0
 
 
 def check_capacity(capacity: int, batch_size: int, max_write: int, n_rows: int) -> None:

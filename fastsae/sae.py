@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastsae import __version__
 from fastsae.activations import Codes, activate, to_codes
 from fastsae.config import SAEConfig
-from fastsae.errors import ConfigError, RunError
+from fastsae.errors import ConfigError, RunError, reason
 from fastsae.seeds import generator
 
 FREE_NORM = 0.1  # norm of decoder rows at the start where it is free; SAELens' decoder_init_norm
@@ -130,7 +130,7 @@ class SAE(nn.Module):
             )
             os.replace(f"{config}.part", config)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
+            raise RunError(f"cannot write {folder}: {reason(error)}") from None
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str | None = None) -> "SAE":

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastsae.boot import boot, first_line, weights_of
+from fastsae.boot import boot, weights_of
 from fastsae.config import ModelConfig
-from fastsae.errors import SourceError
+from fastsae.errors import SourceError, first_line
 
 # Hook points that fire only while a switch of TransformerLens is on: end of the name -> the switch.
 SWITCHES = {

@@ -151,9 +151,9 @@ class TrainStep:
                 dead_mask=self.dead_mask() if may_be_dead else None,
                 compute=self.compute,
             )
-        self._update(grads)
+        grad_norm = self._update(grads)
         self.tokens_since_fired.add_(len(x)).masked_fill_(grads.fired, 0)
-        self._counters.add(grads.out, target, self.grad_norm, self.n_done)
+        self._counters.add(grads.out, target, grad_norm, self.n_done)
         self.n_done += 1
         self.n_tokens += len(x)
         return grads.out
@@ -201,13 +201,14 @@ class TrainStep:
         """The parameters as the optimizer sees them: W_enc latent-major."""
         return {p: getattr(self.sae, p).detach() for p in PARAMS} | {"W_enc": self.sae.W_enc.detach().T}
 
-    def _update(self, grads: Gradients) -> None:
+    def _update(self, grads: Gradients) -> Float[Tensor, ""]:
+        """Project, clip, Adam, renormalise, in place; the gradient's global norm before clipping."""
         cfg, params = self.cfg, self._rows()
         if self.sae.cfg.decoder_norm == "unit":
             project_rows_(grads.W_dec, params["W_dec"])
         by_name = dict(zip(PARAMS, grads[:4], strict=True))
-        self.grad_norm = global_norm(list(by_name.values()))
-        scale = 1.0 if cfg.grad_clip is None else clip_scale(self.grad_norm, cfg.grad_clip)
+        grad_norm = global_norm(list(by_name.values()))
+        scale = 1.0 if cfg.grad_clip is None else clip_scale(grad_norm, cfg.grad_clip)
         for p, param in params.items():
             m, v = self.moments[p]
             adam_(
@@ -223,6 +224,7 @@ class TrainStep:
             )
         if self.sae.cfg.decoder_norm == "unit":
             normalise_rows_(params["W_dec"])
+        return grad_norm
 
 
 class _Counters:
@@ -235,9 +237,8 @@ class _Counters:
         d_out = sae.cfg.d_out or sae.cfg.d_in
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
         self.state = {
-            "counters.sums": torch.zeros(
-                len(self.NAMES) + 2, device=device, dtype=dtype
-            ),  # last: rows, sum of x^2
+            # per name its sum over rows; then the number of rows, and the sum of x^2
+            "counters.sums": torch.zeros(len(self.NAMES) + 2, device=device, dtype=dtype),
             "counters.x": torch.zeros(d_out, device=device, dtype=dtype),
             "counters.first_bad_step": torch.full((), -1.0, device=device, dtype=dtype),
         }

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastsae.checkpoint import CONFIG_FILE, save_checkpoint, save_final
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
-from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError
+from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.init import initialise
@@ -150,10 +150,7 @@ class _Loop:
             row = self.figures[key] = step.read()
             bad = row.pop("first_bad_step")
             if bad >= 0:
-                raise NonFiniteLossError(
-                    f"the loss of {key} became NaN or infinite at step {bad:.0f}; last good checkpoint: "
-                    f"{self.last_checkpoint or 'none yet'}; config: {self.job.run_dir / CONFIG_FILE}"
-                )
+                raise self.not_finite(f"the loss of {key} became NaN or infinite at step {bad:.0f}")
             self.log("train", key, {**row, "tokens_per_second": self.n_tokens / self.clock.seconds()})
 
     def validate(self, baselines: bool = False) -> None:
@@ -180,10 +177,7 @@ class _Loop:
         job = self.job
         for key, sae in job.saes.items():
             if not all(bool(p.isfinite().all()) for p in sae.parameters()):
-                raise NonFiniteLossError(
-                    f"the weights of {key} became NaN or infinite by step {self.n_done}; last good checkpoint: "
-                    f"{self.last_checkpoint or 'none yet'}; config: {job.run_dir / CONFIG_FILE}"
-                )
+                raise self.not_finite(f"the weights of {key} became NaN or infinite by step {self.n_done}")
         self.saved_at = self.n_done
         position = job.tokens.train.state_dict() if job.tokens is not None else {}
         state = {"step": self.n_done, "ring": ring.state_dict(), "tokens": position}
@@ -191,6 +185,12 @@ class _Loop:
             self.last_checkpoint = save_checkpoint(
                 job.run_dir, self.n_tokens, self.steps, state, to_toml(job.config), job.config.save.keep
             )
+
+    def not_finite(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{what}; last good checkpoint: {self.last_checkpoint or 'none yet'}; "
+            f"config: {self.job.run_dir / CONFIG_FILE}"
+        )
 
     def warn_if_early(self) -> None:
         if self.n_tokens < self.job.config.n_tokens:
@@ -248,24 +248,13 @@ def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], b
     return more
 
 
-def _checked(chunk: Any) -> Tensor:
-    if not isinstance(chunk, Tensor):
-        raise DataError(f"activations must yield torch tensors, not {type(chunk).__name__}")
-    return chunk
-
-
 def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[], bool]:
-    pieces = (piece for chunk in map(_checked, rows) for piece in chunk.split(size))
-    width = None
+    pieces = (piece for chunk in rows for piece in chunk.split(size))
 
     def more() -> bool:
-        nonlocal width
         piece = next(pieces, None)
         if piece is None:
             return False
-        width = width or piece.shape[1]
-        if piece.ndim != 2 or piece.shape[1] != width:
-            raise DataError(f"activations must all be [n, {width}]; got {tuple(piece.shape)}")
         with ring.writing(torch.arange(len(piece))) as write:
             write(ACTIVATIONS, piece.to(ring.device))
         return True
@@ -282,7 +271,7 @@ def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
         job.run_dir.mkdir(parents=True)
         (job.run_dir / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"cannot write the run folder {job.run_dir}: {error.strerror or error}") from None
+        raise RunError(f"cannot write the run folder {job.run_dir}: {reason(error)}") from None
     try:
         own: list[Sink] = [JsonlSink(job.run_dir / METRICS_FILE)]
         if config.log.wandb is not None:

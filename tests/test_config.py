@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsae.cli import read_config
+from fastsae.cli import merged
 from fastsae.config import RunConfig, SAEConfig, StepConfig, resolved_step
 from fastsae.configfile import load_config, parse_assignment, to_toml
 from fastsae.errors import ConfigError
@@ -64,13 +64,12 @@ def test_the_documented_file(tmp_path):
 def test_flags_go_over_the_file_and_set_over_everything_once(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("n_tokens = 5\n[step]\nlr = 1e-3\nbatch_size = 7\n")
-    config = read_config(
-        path, {"step": {"lr": 0.5, "batch_size": None}}, ["step.eps=1e-6", "data.dataset=some/name"]
-    )
+    flags = {"step": {"lr": 0.5, "batch_size": None}}
+    config = load_config(path, merged(flags, ["step.eps=1e-6", "data.dataset=some/name"]))
     assert (config.n_tokens, config.step.lr, config.step.batch_size, config.step.eps) == (5, 0.5, 7, 1e-6)
     assert config.data.dataset == "some/name"
     with pytest.raises(ConfigError, match="twice"):
-        read_config(path, {"step": {"lr": 0.5}}, ["step.lr=1"])
+        merged({"step": {"lr": 0.5}}, ["step.lr=1"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""Where an op runs, and how its kernels are launched.
+
+`backend` is the one place that chooses: Triton on a CUDA device of capability 8.0 or more, plain torch
+everywhere else, also where triton is not installed (macOS, Windows). Every launch goes through `launch`,
+which the tests replace to compile what would have run on a GPU that is not there.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # no wheel for this platform: the kernels below are never launched
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+Backend = Literal["triton", "torch"]
+Capability = tuple[int, int]
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of technical specifications).
+SHARED_BYTES: dict[Capability, int] = {
+    (8, 0): 166_912,
+    (8, 6): 101_376,
+    (8, 7): 166_912,
+    (8, 9): 101_376,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (12, 0): 101_376,
+}
+
+_log = logging.getLogger("fastsae_kernels")
+_logged: set[str] = set()
+
+
+class _Forced(NamedTuple):
+    backend: Backend | None = None
+    capability: Capability | None = None
+    recorder: Callable[..., None] | None = None
+
+
+_forced = _Forced()
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """triton.jit, or the bare function where there is no triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def backend(tensor: Tensor) -> Backend:
+    """What runs for `tensor`; says so once per device in the log. fp64 is plain torch's: kernels add up in fp32."""
+    device = tensor.device
+    if tensor.dtype == torch.float64:
+        return "torch"
+    if _forced.backend is not None:
+        return _forced.backend
+    if device.type != "cuda":
+        return "torch"
+    if triton is None or torch.cuda.get_device_capability(device) < (8, 0):
+        reason = (
+            "triton is not installed" if triton is None else "its compute capability is below 8.0 (Ampere)"
+        )
+        _log_once(f"{device}: plain torch instead of the Triton kernels, since {reason}")
+        return "torch"
+    _log_once(f"{device}: Triton {triton.__version__} kernels on {torch.cuda.get_device_name(device)}")
+    return "triton"
+
+
+@contextmanager
+def use_backend(
+    name: Backend,
+    *,
+    capability: Capability | None = None,
+    recorder: Callable[..., None] | None = None,
+) -> Iterator[None]:
+    """Run every op in this block on `name`, whatever the device.
+
+    Args:
+        name: "torch", or "triton": on tensors in the CPU's memory that needs TRITON_INTERPRET=1.
+        capability: choose configs for this GPU in place of the one that is there.
+        recorder: called as recorder(kernel, grid, arguments, options) in place of each launch.
+    """
+    global _forced
+    before, _forced = _forced, _Forced(name, capability, recorder)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def capability(device: torch.device) -> Capability:
+    """Compute capability by which configs are chosen; Hopper's where there is no GPU."""
+    if _forced.capability is not None:
+        return _forced.capability
+    if device.type != "cuda":
+        return (9, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may use there; the least of all known GPUs for one that is not known."""
+    return SHARED_BYTES.get(capability(device), 101_376)
+
+
+def n_multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time at least; 132 (an H200's) where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **arguments: Any
+) -> None:
+    """Run kernel[grid](**arguments) on the device of its tensors; nothing where the grid is empty."""
+    if not all(grid):
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if _forced.recorder is not None:
+        _forced.recorder(kernel, grid, arguments, options)
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard:
+        kernel[grid](**arguments, **options)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    *,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    like: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless `tensor` has this shape (None: any size) and dtype, is contiguous, and lies beside `like`."""
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    fits = tensor.ndim == len(shape) and all(
+        n is None or n == m for n, m in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} is {list(tensor.shape)}, but must be {wanted}")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')}, but must be one of: {allowed}"
+        )
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} lies on {tensor.device}, the other tensors on {like.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; its strides are {list(tensor.stride())}")
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.info(message)

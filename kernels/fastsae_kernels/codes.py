@@ -1,0 +1,91 @@
+"""Codes: the active latents of a batch, as the selections write them and the sparse ops read them.
+
+A row has `width` slots. A row with more active latents than that continues on rows of its own behind the
+batch, its tail, so that no latent is dropped and no row's outlier sets the width of all others. The sum of
+the tails must fit; what does not is counted in `missing`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """Active latents, by rising index within a row.
+
+    indices (int32), values [batch + n_tail, width]: row b holds the first `width` active latents of input b; the rest
+        continue on rows batch + tail_starts[b], batch + tail_starts[b] + 1, ... Free slots hold index 0, value 0.
+    counts (int32) [batch]: how many latents are active in each row, tail included.
+    tail_starts (int32) [batch + 1]: running number of tail rows; None where the codes have no tail rows.
+    """
+
+    indices: Tensor
+    values: Tensor
+    counts: Tensor
+    tail_starts: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """Per row of codes.indices, int32 [batch + n_tail]: the input that it belongs to, and how many of its slots are taken."""
+
+    owners: Tensor
+    lengths: Tensor
+
+
+def rows(codes: Codes) -> Rows:
+    """Owner and length of every row; no wait for the device."""
+    (n_rows, width), batch = codes.indices.shape, len(codes.counts)
+    owners = torch.arange(batch, device=codes.counts.device, dtype=torch.int32)
+    lengths = codes.counts.clamp(max=width)
+    if codes.tail_starts is None or n_rows == batch:
+        return Rows(owners, lengths)
+    tail = torch.arange(n_rows - batch, device=codes.counts.device, dtype=torch.int32)
+    owner = torch.searchsorted(codes.tail_starts, tail, right=True, out_int32=True) - 1
+    free = owner >= batch
+    owner = owner.clamp(max=batch - 1)
+    page = tail - codes.tail_starts[owner] + 1
+    length = (codes.counts[owner] - page * width).clamp(min=0, max=width).masked_fill(free, 0)
+    return Rows(torch.cat([owners, owner]), torch.cat([lengths, length]))
+
+
+def tail_starts(counts: Tensor, width: int) -> Tensor:
+    """Running number of the tail rows that `counts` ask for at this width."""
+    pages = (counts - 1).clamp(min=0).div(width, rounding_mode="floor")
+    return torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def missing(codes: Codes) -> Tensor:
+    """How many active latents found no slot; a device scalar. 0 unless the tail was too short."""
+    return codes.counts.sum() - rows(codes).lengths.sum()
+
+
+class Entries(NamedTuple):
+    """The taken slots one after another, [n] each, owners in order; slots count in codes.indices.flatten()."""
+
+    owners: Tensor
+    indices: Tensor
+    slots: Tensor
+
+
+def entries(codes: Codes) -> Entries:
+    """The taken slots, sorted by owner, then slot. Sizes its output, so it waits for the device: for the torch forms."""
+    (n_rows, width), (owners, lengths) = codes.indices.shape, rows(codes)
+    if codes.tail_starts is None and n_rows and int(lengths.min()) == width:
+        slots = torch.arange(n_rows * width, device=lengths.device)
+    else:
+        taken = torch.arange(width, device=lengths.device, dtype=torch.int32) < lengths[:, None]
+        slots = taken.flatten().nonzero().squeeze(1)
+    owner = owners[slots.div(max(width, 1), rounding_mode="floor")]
+    if codes.tail_starts is not None:
+        owner, order = owner.sort(stable=True)
+        slots = slots[order]
+    return Entries(owner, codes.indices.flatten()[slots], slots)
+
+
+def to_dense(codes: Codes, d_sae: int) -> Tensor:
+    """The codes as dense acts [batch, d_sae]."""
+    owner, latent, slots = entries(codes)
+    acts = codes.values.new_zeros(len(codes.counts), d_sae)
+    acts[owner.long(), latent.long()] = codes.values.flatten()[slots]
+    return acts

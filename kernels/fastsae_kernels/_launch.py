@@ -5,6 +5,7 @@ everywhere else, also where triton is not installed (macOS, Windows). Every laun
 which the tests replace to compile what would have run on a GPU that is not there.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+triton: Any
+tl: Any
 try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # no wheel for this platform: the kernels below are never launched
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+except ModuleNotFoundError:  # no wheel for this platform: the kernels are never launched, only defined
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 Backend = Literal["triton", "torch"]

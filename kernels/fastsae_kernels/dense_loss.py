@@ -1,0 +1,282 @@
+"""The pointwise parts of a dense step: loss and gradient at the decoder's output, mask and L1 at its input.
+
+dense_loss: error = decoded + b_dec - target, mse_b = sum_i error_bi^2, g = 2/batch error, g_sum = sum_b g_b.
+dense_codes_grad: g_pre = (g_acts + l1/batch norms) where acts > 0, with the sums and counts of acts in the same pass.
+Each reads its operands once; in plain torch the same takes 4 to 8 passes over [batch, d_sae]. Sums over columns go through
+partial sums of a block of rows, which a second pass adds up: no atomics, the same bits every time.
+Bound: memory, 3 * itemsize bytes an element.
+"""
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels._launch import FLOATS, backend, cdiv, check, jit, launch, next_power_of_2, tl
+
+CHUNK = 2**18  # elements of a chunk of rows in the torch forms: 1 MB in fp32, a share of a core's cache
+ROWS = 64  # rows of a program of dense_codes_grad; its partial sums then are 1/64 of what it reads and writes
+Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@jit
+def _dense_loss_kernel(
+    decoded_ptr,
+    b_ptr,
+    target_ptr,
+    g_ptr,
+    mse_ptr,
+    partial_ptr,
+    batch,
+    d,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = rows < batch
+    mse = tl.zeros((BLOCK_B,), tl.float32)
+    scale = 2.0 / batch
+    for first in range(0, d, BLOCK_D):
+        cols = first + tl.arange(0, BLOCK_D)
+        col_mask = cols < d
+        mask = row_mask[:, None] & col_mask[None, :]
+        at = rows[:, None] * d + cols[None, :]
+        b = tl.load(b_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+        decoded = tl.load(decoded_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_B, BLOCK_D]
+        target = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        error = tl.where(mask, decoded + b[None, :] - target, 0.0)
+        mse += tl.sum(error * error, axis=1)
+        g = error * scale
+        tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=mask)
+        tl.store(partial_ptr + block * d + cols, tl.sum(g, axis=0), mask=col_mask)
+    tl.store(mse_ptr + rows, mse, mask=row_mask)
+
+
+@jit
+def _dense_codes_grad_kernel(
+    g_ptr,
+    acts_ptr,
+    l1_ptr,
+    norms_ptr,
+    out_ptr,
+    l1_partial_ptr,
+    count_partial_ptr,
+    sum_partial_ptr,
+    batch,
+    n,
+    n_col_blocks,
+    HAS_L1: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    col_block = tl.program_id(0)
+    row_block = tl.program_id(1).to(tl.int64)
+    cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < n
+    norm = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if HAS_NORMS:
+        norm = tl.load(norms_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    acts_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, ROWS, BLOCK_B):
+        rows = row_block * ROWS + first + tl.arange(0, BLOCK_B)
+        row_mask = rows < batch
+        mask = row_mask[:, None] & col_mask[None, :]
+        at = rows[:, None] * n + cols[None, :]
+        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_B, BLOCK_N]
+        acts = tl.load(acts_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        off = acts <= 0  # false for NaN, which so stays visible
+        if HAS_L1:
+            g += (tl.load(l1_ptr).to(tl.float32) / batch) * norm[None, :]
+        tl.store(out_ptr + at, tl.where(off, 0.0, g).to(out_ptr.dtype.element_ty), mask=mask)
+        acts_sum += tl.sum(acts, axis=0)
+        partial = rows * n_col_blocks + col_block
+        tl.store(l1_partial_ptr + partial, tl.sum(acts * norm[None, :], axis=1), mask=row_mask)
+        tl.store(count_partial_ptr + partial, tl.sum(tl.where(off, 0, 1), axis=1), mask=row_mask)
+    tl.store(sum_partial_ptr + row_block * n + cols, acts_sum, mask=col_mask)
+
+
+def dense_loss_ref(decoded: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By autograd."""
+    with torch.enable_grad():
+        x_hat = (decoded.detach() + b_dec.detach()).requires_grad_()
+        mse = (x_hat - target).square().sum(1)
+        (g,) = torch.autograd.grad(mse.sum() / max(len(target), 1), x_hat)
+    return g, mse.detach(), g.sum(0), mse.detach().sum().isfinite()
+
+
+def dense_codes_grad_ref(
+    g_acts: Tensor, acts: Tensor, *, l1: Tensor | None = None, norms: Tensor | None = None
+) -> Grads:
+    norms = acts.new_ones(acts.shape[1]) if norms is None else norms
+    g = g_acts if l1 is None else g_acts + l1 * norms / max(len(acts), 1)
+    active = acts > 0
+    return g * active, (acts * norms).sum(1), acts.sum(0), active.sum(1, dtype=torch.int32)
+
+
+def _dense_loss_triton(
+    decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, d = decoded.shape
+    block_b = 8
+    g = decoded.new_empty(batch, d, dtype=out_dtype)
+    mse = decoded.new_empty(batch, dtype=torch.float32)
+    partial = decoded.new_empty(cdiv(batch, block_b), d, dtype=torch.float32)
+    launch(
+        _dense_loss_kernel,
+        (len(partial),),
+        decoded_ptr=decoded,
+        b_ptr=b_dec,
+        target_ptr=target,
+        g_ptr=g,
+        mse_ptr=mse,
+        partial_ptr=partial,
+        batch=batch,
+        d=d,
+        BLOCK_B=block_b,
+        BLOCK_D=min(next_power_of_2(d), 512),
+    )
+    return g, mse, partial.sum(0)
+
+
+def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+    batch, n = acts.shape
+    block_n = min(next_power_of_2(n), 512)
+    n_col_blocks, n_row_blocks = cdiv(n, block_n), cdiv(batch, ROWS)
+    g_pre = torch.empty_like(g_acts)
+    l1_partial = acts.new_empty(batch, n_col_blocks, dtype=torch.float32)
+    count_partial = torch.empty_like(l1_partial, dtype=torch.int32)
+    sum_partial = acts.new_empty(n_row_blocks, n, dtype=torch.float32)
+    launch(
+        _dense_codes_grad_kernel,
+        (n_col_blocks, n_row_blocks),
+        g_ptr=g_acts,
+        acts_ptr=acts,
+        l1_ptr=l1,
+        norms_ptr=norms,
+        out_ptr=g_pre,
+        l1_partial_ptr=l1_partial,
+        count_partial_ptr=count_partial,
+        sum_partial_ptr=sum_partial,
+        batch=batch,
+        n=n,
+        n_col_blocks=n_col_blocks,
+        HAS_L1=l1 is not None,
+        HAS_NORMS=norms is not None,
+        ROWS=ROWS,
+        BLOCK_B=8,
+        BLOCK_N=block_n,
+    )
+    return g_pre, l1_partial.sum(1), sum_partial.sum(0), count_partial.sum(1, dtype=torch.int32)
+
+
+def _dense_loss_torch(
+    decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = torch.promote_types(decoded.dtype, torch.float32)
+    error = decoded.to(sums) + b_dec.to(sums)
+    error -= target
+    mse = torch.linalg.vecdot(error, error)
+    g = error.mul_(2 / max(len(decoded), 1))
+    return g.to(out_dtype), mse, g.sum(0)
+
+
+def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+    """Chunks of rows, so that each is read from memory once; threshold_backward is the fast mask (torch.where takes 25x)."""
+    (batch, n), sums = acts.shape, torch.promote_types(acts.dtype, torch.float32)
+    weights = torch.ones(n, dtype=sums, device=acts.device) if norms is None else norms.to(sums)
+    shift = None if l1 is None else weights * (l1.to(sums) / max(batch, 1))
+    g_pre = torch.empty_like(g_acts)
+    l1_rows = acts.new_empty(batch, dtype=sums)
+    acts_sum = acts.new_zeros(n, dtype=sums)
+    counts = acts.new_empty(batch, dtype=torch.int32)
+    step = max(CHUNK // max(n, 1), 1)
+    for start in range(0, batch, step):
+        rows = slice(start, min(start + step, batch))
+        a, g, out = acts[rows], g_acts[rows], g_pre[rows]
+        if shift is not None:
+            g = torch.add(g, shift, out=out)
+        torch.ops.aten.threshold_backward.grad_input(g, a.to(g.dtype), 0, grad_input=out)
+        wide = a.to(sums)
+        torch.mv(wide, weights, out=l1_rows[rows])
+        acts_sum += wide.sum(0)
+        counts[rows] = torch.count_nonzero(a, 1)
+    return g_pre, l1_rows, acts_sum, counts
+
+
+@torch.library.custom_op("fastsae::dense_loss", mutates_args=())
+def _dense_loss(
+    decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = _dense_loss_triton if backend(decoded) == "triton" else _dense_loss_torch
+    return form(decoded, b_dec, target, out_dtype)
+
+
+@_dense_loss.register_fake
+def _(
+    decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    mse = decoded.new_empty(decoded.shape[0], dtype=torch.promote_types(decoded.dtype, torch.float32))
+    return torch.empty_like(decoded, dtype=out_dtype), mse, mse.new_empty(decoded.shape[1])
+
+
+@torch.library.custom_op("fastsae::dense_codes_grad", mutates_args=())
+def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+    form = _dense_codes_grad_triton if backend(acts) == "triton" else _dense_codes_grad_torch
+    return form(g_acts, acts, l1, norms)
+
+
+@_dense_codes_grad.register_fake
+def _(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+    l1_rows = acts.new_empty(acts.shape[0], dtype=torch.promote_types(acts.dtype, torch.float32))
+    counts = torch.empty_like(l1_rows, dtype=torch.int32)
+    return torch.empty_like(g_acts), l1_rows, l1_rows.new_empty(acts.shape[1]), counts
+
+
+def dense_loss(
+    decoded: Tensor, b_dec: Tensor, target: Tensor, *, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squared error and its gradient at x_hat = decoded + b_dec. Not differentiable.
+
+    Args:
+        decoded: [batch, d_out], acts @ W_dec.
+        b_dec: [d_out]; target: [batch, d_out]. Any float dtypes; sums are kept in fp32 (fp64 where decoded is).
+        out_dtype: of g; by default decoded's.
+    Returns: g [batch, d_out] = 2/batch (x_hat - target); mse fp32 [batch], summed over d_out; g_sum fp32 [d_out], the column
+        sums of g before it is rounded; finite, a bool scalar: whether the sum of mse is.
+    Raises: ValueError for a shape, dtype, device or layout that does not fit.
+    """
+    check("decoded", decoded, (None, None))
+    check("b_dec", b_dec, (decoded.shape[1],), like=decoded)
+    check("target", target, tuple(decoded.shape), like=decoded)
+    out_dtype = out_dtype or decoded.dtype
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype is {out_dtype}, but must be a floating dtype")
+    with torch.no_grad():
+        g, mse, g_sum = _dense_loss(decoded, b_dec, target, out_dtype)
+        return g, mse, g_sum, mse.sum().isfinite()
+
+
+def dense_codes_grad(
+    g_acts: Tensor, acts: Tensor, *, l1: Tensor | None = None, norms: Tensor | None = None
+) -> Grads:
+    """Gradient at the pre-activations from that at acts, and the statistics of acts, in one pass. Not differentiable.
+
+    Args:
+        g_acts: [batch, d_sae], the gradient of the squared error at acts.
+        acts: [batch, d_sae], none negative; any float dtypes.
+        l1: scalar tensor on the same device; None: no L1 term in g_pre.
+        norms: [d_sae], what an activation counts in the L1 term; None: 1.
+    Returns: g_pre, as g_acts: g_acts + l1/batch * norms where acts > 0 (or NaN), else 0; l1 fp32 [batch], sum of acts *
+        norms; acts_sum fp32 [d_sae], column sums of acts; counts int32 [batch], active latents.
+    Raises: ValueError for a shape, dtype, device or layout that does not fit.
+    """
+    check("acts", acts, (None, None))
+    check("g_acts", g_acts, tuple(acts.shape), like=acts)
+    if l1 is not None:
+        check("l1", l1, (), like=acts)
+    if norms is not None:
+        check("norms", norms, (acts.shape[1],), like=acts)
+    with torch.no_grad():
+        grads: Grads = _dense_codes_grad(g_acts, acts, l1, norms)
+    return grads

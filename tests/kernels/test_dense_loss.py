@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from fastsae_kernels._launch import use_backend
+from fastsae_kernels.dense_loss import dense_codes_grad, dense_codes_grad_ref, dense_loss, dense_loss_ref
+from fastsae_kernels.testing import assert_as_accurate
+
+SIZES = [(1, 1), (7, 13), (8, 64), (9, 65), (3, 513), (65, 33), (130, 7), (0, 5)]
+FORMS = [
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+    ("triton", torch.float32),
+    ("triton", torch.float16),
+]
+
+
+def randn(*shape: int, dtype=torch.float32, seed: int = 0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("name, dtype", FORMS, ids=str)
+@pytest.mark.parametrize("batch, d", SIZES)
+def test_dense_loss(batch, d, name, dtype):
+    inputs = [
+        randn(batch, d, dtype=dtype),
+        randn(d, dtype=dtype, seed=1),
+        randn(batch, d, dtype=dtype, seed=2),
+    ]
+    with use_backend(name):
+        assert_as_accurate(dense_loss, dense_loss_ref, inputs, grads=False)
+        g, mse, g_sum, finite = dense_loss(*inputs)
+    assert g.dtype == dtype and mse.dtype == g_sum.dtype == torch.float32
+    assert finite.dtype == torch.bool and bool(finite)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_dense_loss_flag_and_out_dtype(name, bad):
+    decoded, b_dec, target = randn(9, 5), randn(5, seed=1), randn(9, 5, seed=2)
+    with use_backend(name):
+        wide, rounded = (
+            dense_loss(decoded, b_dec, target),
+            dense_loss(decoded, b_dec, target, out_dtype=torch.float16),
+        )
+        target[8, 4] = bad
+        _, mse, _, finite = dense_loss(decoded, b_dec, target)
+    assert torch.equal(rounded[0], wide[0].half()) and torch.equal(rounded[2], wide[2])
+    assert not finite and not mse[8].isfinite() and mse[:8].isfinite().all()
+
+
+@pytest.mark.parametrize("with_l1, with_norms", [(False, False), (True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("name, dtype", FORMS, ids=str)
+@pytest.mark.parametrize("batch, n", SIZES)
+def test_dense_codes_grad(batch, n, name, dtype, with_l1, with_norms):
+    inputs = [
+        randn(batch, n, dtype=dtype),
+        randn(batch, n, dtype=dtype, seed=1).relu(),
+        torch.tensor(0.3) if with_l1 else None,
+        randn(n, seed=2).abs() if with_norms else None,
+    ]
+    if batch > 2:
+        inputs[1][1] = 0  # nothing active
+        inputs[1][2] += 1  # everything
+
+    def of(f):
+        return lambda g_acts, acts, l1, norms: f(g_acts, acts, l1=l1, norms=norms)
+
+    with use_backend(name):
+        assert_as_accurate(of(dense_codes_grad), of(dense_codes_grad_ref), inputs, grads=False)
+        g_pre, l1_rows, acts_sum, counts = of(dense_codes_grad)(*inputs)
+    assert g_pre.dtype == dtype and l1_rows.dtype == acts_sum.dtype == torch.float32
+    assert counts.dtype == torch.int32
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_nan_acts_stay_visible(name):
+    acts = randn(5, 9).relu()
+    acts[3, 4] = torch.nan
+    with use_backend(name):
+        g_pre, l1_rows, acts_sum, counts = dense_codes_grad(torch.ones(5, 9), acts, l1=torch.tensor(1.0))
+    assert torch.equal(l1_rows.isnan(), torch.arange(5) == 3)
+    assert torch.equal(acts_sum.isnan(), torch.arange(9) == 4)
+    assert torch.equal(counts, (acts != 0).sum(1, dtype=torch.int32)) and g_pre[3, 4] != 0
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_inputs_are_left_alone(name):
+    g_acts, acts = randn(5, 9), randn(5, 9, seed=1).relu()
+    before = g_acts.clone(), acts.clone()
+    with use_backend(name):
+        dense_codes_grad(g_acts, acts, l1=torch.tensor(1.0))
+        dense_loss(g_acts, acts[0], acts)
+    assert torch.equal(g_acts, before[0]) and torch.equal(acts, before[1])
+
+
+def test_chunks_of_rows(monkeypatch):
+    monkeypatch.setattr("fastsae_kernels.dense_loss.CHUNK", 30)
+    assert_as_accurate(
+        dense_codes_grad, dense_codes_grad_ref, [randn(7, 13), randn(7, 13, seed=1).relu()], grads=False
+    )
+
+
+def test_custom_ops():
+    acts = randn(5, 9).relu()
+    torch.library.opcheck(torch.ops.fastsae.dense_loss, (acts, acts[0], randn(5, 9), torch.bfloat16))
+    torch.library.opcheck(torch.ops.fastsae.dense_codes_grad, (randn(5, 9), acts, torch.tensor(1.0), None))
+
+
+def test_errors():
+    x = randn(4, 6)
+    with pytest.raises(ValueError, match=r"b_dec is \[5\], but must be \[6\]"):
+        dense_loss(x, x[0, :5], x)
+    with pytest.raises(ValueError, match=r"target is \[3, 6\], but must be \[4, 6\]"):
+        dense_loss(x, x[0], x[:3])
+    with pytest.raises(ValueError, match=r"out_dtype is torch.int64"):
+        dense_loss(x, x[0], x, out_dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"g_acts is \[3, 6\], but must be \[4, 6\]"):
+        dense_codes_grad(x[:3], x)
+    with pytest.raises(ValueError, match=r"l1 is \[6\], but must be \[\]"):
+        dense_codes_grad(x, x, l1=x[0])
+    with pytest.raises(ValueError, match=r"norms is \[4\], but must be \[6\]"):
+        dense_codes_grad(x, x, norms=torch.ones(4))
+    with pytest.raises(ValueError, match=r"acts must be contiguous"):
+        dense_codes_grad(x, x.T.contiguous().T)

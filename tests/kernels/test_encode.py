@@ -1,0 +1,110 @@
+"""encode against its reference: values, group maxima, gradients; both backends, both variants."""
+
+import pytest
+import torch
+
+from fastsae_kernels._launch import use_backend
+from fastsae_kernels.encode import GROUP, encode, encode_ref, group_max_ref
+from fastsae_kernels.testing import assert_as_accurate, assert_close, error
+
+SIZES = [(1, 1, 1), (3, 7, 33), (33, 65, 97), (32, 64, 128), (5, 96, 31), (70, 13, 257)]
+BACKENDS = [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16)]
+BACKENDS += [("triton", torch.float32), ("triton", torch.float16)]
+
+
+def make(batch: int, d_in: int, d_sae: int, dtype: torch.dtype, device: torch.device):
+    gen = torch.Generator().manual_seed(0)
+    x, W, b_enc, b_dec = (
+        torch.randn(shape, generator=gen).to(device)
+        for shape in [(batch, d_in), (d_sae, d_in), (d_sae,), (d_in,)]
+    )
+    return x.to(dtype), W.to(dtype).T, b_enc.to(dtype), b_dec.to(dtype)
+
+
+@pytest.mark.parametrize("variant", ["fused", "library"])
+@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
+@pytest.mark.parametrize("batch, d_in, d_sae", SIZES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_encode(batch, d_in, d_sae, backend, dtype, relu, variant, device):
+    if backend == "torch" and variant == "library":
+        pytest.skip("the torch form has no variants")
+
+    def op(x, W_enc, b_enc, b_dec):
+        return encode(x, W_enc, b_enc, b_dec, relu=relu, variant=variant)[0]
+
+    def ref(x, W_enc, b_enc, b_dec):
+        return encode_ref(x, W_enc, b_enc, b_dec, relu)[0]
+
+    inputs = make(batch, d_in, d_sae, dtype, device)
+    with use_backend(backend):
+        assert_as_accurate(op, ref, inputs)
+        pre_acts, group_max = encode(*inputs, relu=relu, variant=variant)
+    assert torch.equal(group_max, group_max_ref(pre_acts)), "maxima of the values as they were stored"
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_fp32_out_of_half_operands_is_more_accurate(backend, device):
+    x, W_enc, b_enc, _ = make(33, 65, 97, torch.float16, device)
+    truth = encode_ref(x.double(), W_enc.double(), b_enc.double())[0]
+    with use_backend(backend):
+        wide, _ = encode(x, W_enc, b_enc, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32 and error(wide, truth) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_empty_batch(backend, device):
+    with use_backend(backend):
+        pre_acts, group_max = encode(*make(0, 5, 65, torch.float32, device))
+    assert pre_acts.shape == (0, 65) and group_max.shape == (0, 3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_reach_values_and_maxima(backend, bad, device):
+    x, W_enc, b_enc, b_dec = make(5, 7, 70, torch.float32, device)
+    x[2, 3] = bad
+    with use_backend(backend):
+        pre_acts, group_max = encode(x, W_enc, b_enc, b_dec)
+    assert not pre_acts[2].isfinite().any() and pre_acts[[0, 1, 3, 4]].isfinite().all()
+    assert torch.equal(group_max.isnan(), group_max_ref(pre_acts).isnan())
+
+
+def test_one_wrong_latent_is_found(device):
+    inputs = make(33, 65, 97, torch.float32, device)
+    good, truth = encode_ref(*inputs)[0], encode_ref(*(t.double() for t in inputs))[0]
+    wrong = good.clone()
+    wrong[3, 5] *= 1.0001
+    with pytest.raises(AssertionError, match="pre"):
+        assert_close({"pre": wrong}, {"pre": good}, {"pre": truth})
+
+
+def test_compiles_whole(device):
+    inputs = make(33, 65, 97, torch.float32, device)
+    compiled = torch.compile(lambda *a: encode(*a), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs)[0], encode(*inputs)[0])
+
+
+def test_opcheck(device):
+    x, W_enc, b_enc, _ = make(3, 7, 33, torch.float32, device)
+    x.requires_grad_()
+    torch.library.opcheck(torch.ops.fastsae.encode.default, (x, W_enc, b_enc, True, torch.float32, "fused"))
+
+
+def test_errors_name_what_is_wrong(device):
+    x, W_enc, b_enc, b_dec = make(3, 7, 33, torch.float32, device)
+    with pytest.raises(ValueError, match=r"x is \[3, 6\], but must be \[any, 7\]"):
+        encode(x[:, 1:], W_enc, b_enc)
+    with pytest.raises(ValueError, match=r"W_enc.T must be contiguous"):
+        encode(x, W_enc.contiguous(), b_enc)
+    with pytest.raises(ValueError, match=r"b_enc is \[32\]"):
+        encode(x, W_enc, b_enc[1:])
+    with pytest.raises(ValueError, match=r"b_dec is int64"):
+        encode(x, W_enc, b_enc, b_dec.long())
+    with pytest.raises(ValueError, match=r"variant is 'best'"):
+        encode(x, W_enc, b_enc, variant="best")
+    with pytest.raises(ValueError, match=r"out_dtype"):
+        encode(x, W_enc, b_enc, out_dtype=torch.int32)
+
+
+def test_group_is_two_sectors_of_bf16():
+    assert GROUP * torch.bfloat16.itemsize == 64

@@ -12,13 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import INTERPRET, backend, cdiv, jit, launch, n_multiprocessors, tl
-from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP
-from fastsae_kernels.select_threshold import (
+from fastsae_kernels._emit import (
     INFINITY_KEY,
     NAN_KEY,
     Outputs,
+    above,
     candidates,
     check_selection,
     emit_triton,
@@ -31,6 +29,9 @@ from fastsae_kernels.select_threshold import (
     save_codes,
     scatter_grad,
 )
+from fastsae_kernels._launch import INTERPRET, backend, cdiv, jit, launch, n_multiprocessors, tl
+from fastsae_kernels.codes import Codes
+from fastsae_kernels.encode import GROUP
 
 TOP_SHIFT = 20  # the first level: exponent and 3 bits of the mantissa
 N_BINS = 1 << (31 - TOP_SHIFT)
@@ -155,7 +156,7 @@ def _select_batchtopk_triton(
     # where fewer maxima than that are positive, the bound is bin 0: every positive value is a candidate
     prefix = (_cut(histogram, torch.full_like(histogram[0], batch * k))[0] << TOP_SHIFT).int()
     scratch = pre_acts.new_empty(programs * block_g, dtype=torch.int32)
-    above, ties = scratch.new_empty(batch), scratch.new_empty(batch)
+    n_above, ties = scratch.new_empty(batch), scratch.new_empty(batch)
 
     def tally(histogram: Tensor, shift: int, known: int) -> None:
         launch(
@@ -166,7 +167,7 @@ def _select_batchtopk_triton(
             prefix_ptr=prefix,
             scratch_ptr=scratch,
             histogram_ptr=histogram if shift < known else None,
-            above_ptr=above,
+            above_ptr=n_above,
             ties_ptr=ties,
             batch=batch,
             d_sae=d_sae,
@@ -197,7 +198,7 @@ def _select_batchtopk_triton(
     tally(copies, 0, 0)
     quota = (wanted - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties).int()
     codes = emit_triton(
-        pre_acts, group_max, width, n_tail, rule="cut", counts=above + quota, kappa=prefix, quota=quota
+        pre_acts, group_max, width, n_tail, rule="cut", counts=n_above + quota, kappa=prefix, quota=quota
     )
     threshold = prefix.view(torch.float32).masked_fill(wanted == 0, 0.0)
     return (*codes, threshold)
@@ -212,13 +213,13 @@ def _select_batchtopk_torch(
     exact = value if value.dtype == torch.float64 else value.float()
     if len(exact) > wanted:
         kappa = exact.kthvalue(len(exact) - wanted + 1).values
-        above, tie = exact > kappa, exact == kappa
+        larger, tie = exact > kappa, exact == kappa
         nan = exact.isnan()
         if bool(kappa.isnan()):
-            above, tie = torch.zeros_like(nan), nan
+            larger, tie = torch.zeros_like(nan), nan
         else:
-            above |= nan
-        taken = (above | (tie & (tie.cumsum(0) <= wanted - above.sum()))).nonzero().squeeze(1)
+            larger |= nan
+        taken = (larger | (tie & (tie.cumsum(0) <= wanted - larger.sum()))).nonzero().squeeze(1)
         row, latent, value = row[taken], latent[taken], value[taken]
     elif len(exact):
         kappa = exact.kthvalue(1).values
@@ -234,8 +235,10 @@ def _bounded(pre_acts: Tensor, group_max: Tensor, wanted: int) -> tuple[Tensor, 
         bound = float(flat.kthvalue(len(flat) - wanted + 1).values)
         if not bound <= 0:
             bound = float("inf") if math.isnan(bound) else bound
-            return candidates(pre_acts, group_max, bound, bound, inclusive=True)
-    return candidates(pre_acts, group_max, 0.0, 0.0)
+            passes = above(bound, inclusive=True)
+            return candidates(pre_acts, passes(group_max), passes)
+    passes = above(0.0)
+    return candidates(pre_acts, passes(group_max), passes)
 
 
 @torch.library.custom_op("fastsae::select_batchtopk", mutates_args=())

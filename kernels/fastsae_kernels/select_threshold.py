@@ -1,147 +1,25 @@
 """Selection by threshold: codes of all latents with pre_acts > threshold (ReLU: 0; JumpReLU: one per latent).
 
-Group maxima say which groups of 32 latents hold an active one; only those are read. A row is one program's work: it packs
-the ids of its active groups into a scratch row, then takes them a tile at a time and writes what passes at running
-positions, so indices rise within a row. Bound: bandwidth, batch * d_sae / 32 maxima plus one group read per active group.
-What does not fit into `width` slots goes to tail rows by a second launch, which reads the rows that overflow again.
+Through the group maxima, so that only groups that hold an active latent are read: see _emit.
 """
 
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import (
-    INTERPRET,
-    backend,
-    cdiv,
-    check,
-    jit,
-    launch,
-    n_multiprocessors,
-    next_power_of_2,
-    tl,
+from fastsae_kernels._emit import (
+    Outputs,
+    above,
+    candidates,
+    check_selection,
+    emit_triton,
+    fake_codes,
+    pack,
+    save_codes,
+    scatter_grad,
 )
-from fastsae_kernels.codes import Codes, rows, tail_starts
-from fastsae_kernels.encode import GROUP, _group_max_kernel, group_max_ref
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of Codes; tail_starts is empty where there is no tail
-Size = int | torch.SymInt
-INFINITY_KEY = 0x7F80_0000
-NAN_KEY = 0x7FC0_0000  # above infinity; its low 22 bits are clear, as those of a widened half are
-
-
-@jit
-def float_key(x, INFINITY: tl.constexpr, NAN: tl.constexpr):
-    """fp32 as an int32 in the same order: 0 for all that is not positive, NaN the largest."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where((bits & 0x7FFFFFFF) > INFINITY, NAN, tl.maximum(bits, 0))
-
-
-@jit
-def pack_groups(active, group, scratch_ptr):
-    """Store the ids of the active groups one after another; how many there are."""
-    tl.debug_barrier()  # the scratch may still be read for the block of groups before
-    tl.store(scratch_ptr + tl.cumsum(active.to(tl.int32), 0) - 1, group, mask=active)
-    tl.debug_barrier()
-    return tl.sum(active.to(tl.int32), 0)
-
-
-@jit
-def load_groups(pre_ptr, scratch_ptr, first, n_active, d_sae, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The next BLOCK packed groups of one row, flat: latents, whether each exists, pre_acts in fp32."""
-    slot = first + tl.arange(0, BLOCK)
-    group = tl.load(scratch_ptr + slot, mask=slot < n_active, other=0)
-    col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = (slot < n_active)[:, None] & (col < d_sae)
-    pre = tl.load(pre_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    flat: tl.constexpr = BLOCK * GROUP
-    return tl.reshape(col, (flat,)), tl.reshape(inside, (flat,)), tl.reshape(pre, (flat,))
-
-
-@jit
-def _emit_kernel(
-    pre_ptr,
-    gmax_ptr,
-    threshold_ptr,
-    lower_ptr,
-    group_lower_ptr,
-    kappa_ptr,
-    quota_ptr,
-    tail_starts_ptr,
-    scratch_ptr,
-    indices_ptr,
-    values_ptr,
-    counts_ptr,
-    batch,
-    d_sae,
-    n_groups,
-    width,
-    n_rows,
-    RULE: tl.constexpr,
-    TAIL: tl.constexpr,
-    GROUP: tl.constexpr,
-    INFINITY: tl.constexpr,
-    NAN: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):
-    scratch_ptr += tl.program_id(0) * BLOCK_G
-    if RULE == "cut":
-        kappa = tl.load(kappa_ptr)
-    for row32 in range(tl.program_id(0), batch, tl.num_programs(0)):
-        row = tl.cast(row32, tl.int64)  # the interpreter counts in Python
-        end = n_groups
-        if TAIL:
-            end = tl.where(tl.load(counts_ptr + row) > width, n_groups, 0)
-            tail_row = batch + tl.load(tail_starts_ptr + row) - 1
-        if RULE == "cut":
-            quota = tl.load(quota_ptr + row)
-        taken = 0
-        ties = 0
-        for first_group in range(0, end, BLOCK_G):
-            group = first_group + tl.arange(0, BLOCK_G)
-            top = tl.load(gmax_ptr + row * n_groups + group, mask=group < n_groups, other=0.0).to(tl.float32)
-            if RULE == "relu":
-                active = (group < n_groups) & ~(top <= 0.0)
-            elif RULE == "jumprelu":
-                lowest = tl.load(group_lower_ptr + group, mask=group < n_groups, other=0.0)
-                active = (group < n_groups) & ~(top <= lowest)
-            else:
-                active = (group < n_groups) & (float_key(top, INFINITY, NAN) >= tl.maximum(kappa, 1))
-            n_active = pack_groups(active, group, scratch_ptr)
-            for first in range(0, n_active, BLOCK_A):
-                col, inside, pre = load_groups(
-                    pre_ptr + row * d_sae, scratch_ptr, first, n_active, d_sae, GROUP, BLOCK_A
-                )
-                value = pre
-                if RULE == "relu":
-                    hit = inside & ~(pre <= 0.0)
-                elif RULE == "jumprelu":
-                    hit = inside & ~(pre <= tl.load(lower_ptr + col, mask=inside, other=0.0))
-                    # the band below the threshold has slots for the threshold's gradient, but is not active
-                    value = tl.where(pre <= tl.load(threshold_ptr + col, mask=hit, other=0.0), 0.0, pre)
-                else:
-                    key = float_key(pre, INFINITY, NAN)
-                    tie = inside & (key == kappa)
-                    rank = ties + tl.cumsum(tie.to(tl.int32), 0) - 1
-                    hit = inside & ((key > kappa) | (tie & (rank < quota)))
-                    ties += tl.sum(tie.to(tl.int32), 0)
-                position = taken + tl.cumsum(hit.to(tl.int32), 0) - 1
-                taken += tl.sum(hit.to(tl.int32), 0)
-                if TAIL:
-                    target = (tail_row + position // width).to(tl.int64)
-                    kept = hit & (position >= width) & (target < n_rows)
-                    slot = target * width + position % width
-                else:
-                    kept = hit & (position < width)
-                    slot = row * width + position
-                tl.store(indices_ptr + slot, col, mask=kept)
-                tl.store(values_ptr + slot, value.to(values_ptr.dtype.element_ty), mask=kept)
-        if not TAIL:
-            tl.store(counts_ptr + row, taken)
-            for first_free in range(tl.minimum(taken, width), width, 128):
-                free = first_free + tl.arange(0, 128)
-                tl.store(indices_ptr + row * width + free, 0, mask=free < width)
-                tl.store(values_ptr + row * width + free, 0.0, mask=free < width)
+from fastsae_kernels._launch import backend, check
+from fastsae_kernels.codes import Codes
+from fastsae_kernels.encode import GROUP
 
 
 def select_threshold_ref(
@@ -151,152 +29,6 @@ def select_threshold_ref(
     level = pre_acts.new_zeros(()) if threshold is None else threshold
     acts = torch.where(pre_acts <= level, 0.0, pre_acts)
     return acts, ~(pre_acts <= level - bandwidth / 2)
-
-
-def group_max_of(pre_acts: Tensor) -> Tensor:
-    """Group maxima for a caller that has none; one read of pre_acts."""
-    if backend(pre_acts) == "torch":
-        return group_max_ref(pre_acts)
-    (batch, d_sae), n_groups = pre_acts.shape, cdiv(pre_acts.shape[1], GROUP)
-    group_max = pre_acts.new_empty(batch, n_groups)
-    block = 4 if INTERPRET else 64  # interpreted reductions take time per element
-    grid, sizes = (batch, cdiv(n_groups, block)), {"d_sae": d_sae, "n_groups": n_groups, "GROUP": GROUP}
-    launch(_group_max_kernel, grid, pre_ptr=pre_acts, gmax_ptr=group_max, BLOCK_G=block, **sizes)
-    return group_max
-
-
-def row_programs(pre_acts: Tensor) -> tuple[int, int, int]:
-    """Programs that share the rows, groups per block of maxima, active groups per tile; few of each in the interpreter."""
-    n_groups = cdiv(pre_acts.shape[1], GROUP)
-    if INTERPRET:
-        return min(len(pre_acts), 3), 16, 4
-    programs = 8 * n_multiprocessors(pre_acts.device)
-    return min(len(pre_acts), programs), min(max(next_power_of_2(n_groups), 16), 1024), 16
-
-
-def emit_triton(
-    pre_acts: Tensor,
-    group_max: Tensor,
-    width: int | None,
-    n_tail: int | None,
-    *,
-    rule: str,
-    counts: Tensor | None = None,
-    **levels: Tensor,
-) -> Outputs:
-    """Launch the emission; with a count of its own first where the sizes of the codes depend on it."""
-    (batch, d_sae), n_groups = pre_acts.shape, group_max.shape[1]
-    programs, block_g, block_a = row_programs(pre_acts)
-    scratch = pre_acts.new_empty(programs * block_g, dtype=torch.int32)
-
-    def emit(
-        indices: Tensor, values: Tensor, counts: Tensor, tail: Tensor | None, width: int, n_rows: int
-    ) -> None:
-        launch(
-            _emit_kernel,
-            (programs,),
-            pre_ptr=pre_acts,
-            gmax_ptr=group_max,
-            threshold_ptr=levels.get("threshold"),
-            lower_ptr=levels.get("lower"),
-            group_lower_ptr=levels.get("group_lower"),
-            kappa_ptr=levels.get("kappa"),
-            quota_ptr=levels.get("quota"),
-            tail_starts_ptr=tail,
-            scratch_ptr=scratch,
-            indices_ptr=indices,
-            values_ptr=values,
-            counts_ptr=counts,
-            batch=batch,
-            d_sae=d_sae,
-            n_groups=n_groups,
-            width=width,
-            n_rows=n_rows,
-            RULE=rule,
-            TAIL=tail is not None,
-            GROUP=GROUP,
-            INFINITY=INFINITY_KEY,
-            NAN=NAN_KEY,
-            BLOCK_G=block_g,
-            BLOCK_A=block_a,
-        )
-
-    if (width is None or n_tail is None) and counts is None:
-        counts = pre_acts.new_empty(batch, dtype=torch.int32)
-        emit(scratch, pre_acts, counts, None, 0, batch)  # with no slots it counts and stores nothing else
-    if width is None:
-        assert counts is not None
-        width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
-    if n_tail is None:
-        assert counts is not None
-        n_tail = int(tail_starts(counts, width)[-1])
-    indices = pre_acts.new_empty(batch + n_tail, width, dtype=torch.int32)
-    values = pre_acts.new_empty(batch + n_tail, width)
-    counts = pre_acts.new_empty(batch, dtype=torch.int32)
-    emit(indices, values, counts, None, width, batch)
-    if not n_tail:
-        return indices, values, counts, counts.new_zeros(0)
-    starts = tail_starts(counts, width)
-    indices[batch:].zero_()
-    values[batch:].zero_()
-    emit(indices, values, counts, starts, width, batch + n_tail)
-    return indices, values, counts, starts
-
-
-def candidates(
-    pre_acts: Tensor,
-    group_max: Tensor,
-    lower: Tensor | float,
-    group_lower: Tensor | float,
-    *,
-    inclusive: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of all that is above `lower` (or equal to it: `inclusive`), in row-major order. Reads active groups only."""
-    d_sae, n_groups = pre_acts.shape[1], group_max.shape[1]
-    below = torch.lt if inclusive else torch.le
-    group = below(group_max, group_lower).logical_not_().flatten().nonzero().squeeze(1)
-    row = group.div(n_groups, rounding_mode="floor")
-    first = (group - row * n_groups) * GROUP
-    lane = torch.arange(GROUP, device=group.device)
-    if d_sae % GROUP == 0:
-        pre = pre_acts.view(-1, GROUP).index_select(0, group)
-    else:
-        col = (first[:, None] + lane).clamp(max=d_sae - 1)
-        pre = pre_acts.flatten()[row[:, None] * d_sae + col]
-    if isinstance(lower, Tensor):
-        lower = torch.nn.functional.pad(lower, (0, n_groups * GROUP - d_sae)).view(-1, GROUP)[first // GROUP]
-    hit = below(pre, lower).logical_not_()
-    if d_sae % GROUP:
-        hit &= first[:, None] + lane < d_sae
-    flat = hit.flatten().nonzero().squeeze(1)
-    taken = flat // GROUP
-    return row[taken], first[taken] + flat % GROUP, pre.flatten()[flat]
-
-
-def pack(
-    row: Tensor, latent: Tensor, value: Tensor, batch: int, width: int | None, n_tail: int | None
-) -> Outputs:
-    """Codes from their entries in row-major order."""
-    starts = torch.searchsorted(row, torch.arange(batch + 1, device=row.device))
-    counts = starts.diff().int()
-    if width is None:
-        width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
-    pages = tail_starts(counts, width)
-    if n_tail is None:
-        n_tail = int(pages[-1])
-    position = torch.arange(len(row), device=row.device) - starts[row]
-    slot = row * width + position
-    if int(pages[-1]):
-        over = position >= width
-        tail = batch + pages[row] + position // width - 1
-        kept = ~over | (tail < batch + n_tail)
-        slot = torch.where(over, tail * width + position % width, slot)[kept]
-        latent, value = latent[kept], value[kept]
-    indices = latent.new_zeros(batch + n_tail, width, dtype=torch.int32)
-    values = value.new_zeros(batch + n_tail, width)
-    indices.view(-1)[slot] = latent.int()
-    values.view(-1)[slot] = value
-    return indices, values, counts, pages if n_tail else counts.new_zeros(0)
 
 
 def _levels(threshold: Tensor, bandwidth: float, n_groups: int) -> tuple[Tensor, Tensor]:
@@ -330,12 +62,17 @@ def _select_threshold_torch(
     n_tail: int | None,
 ) -> Outputs:
     if threshold is None:
-        row, latent, value = candidates(pre_acts, group_max, 0.0, 0.0)
-    else:
-        lower, group_lower = _levels(threshold, bandwidth, group_max.shape[1])
-        row, latent, value = candidates(pre_acts, group_max, lower, group_lower)
-        if bandwidth:
-            value = value.masked_fill(value <= threshold[latent], 0.0)
+        positive = above(0.0)
+        row, latent, value = candidates(pre_acts, positive(group_max), positive)
+        return pack(row, latent, value, len(pre_acts), width, n_tail)
+    n_groups = group_max.shape[1]
+    lower, group_lower = _levels(threshold, bandwidth, n_groups)
+    lower = torch.nn.functional.pad(lower, (0, n_groups * GROUP - len(lower))).view(n_groups, GROUP)
+    row, latent, value = candidates(
+        pre_acts, ~(group_max <= group_lower), lambda pre, _row, group: ~(pre <= lower[group])
+    )
+    if bandwidth:
+        value = value.masked_fill(value <= threshold[latent], 0.0)
     return pack(row, latent, value, len(pre_acts), width, n_tail)
 
 
@@ -352,18 +89,6 @@ def _select_threshold(
     return form(pre_acts, group_max, threshold, bandwidth, width, n_tail)
 
 
-def fake_codes(pre_acts: Tensor, width: int | None, n_tail: int | None) -> Outputs:
-    """Outputs by shape alone; sizes that depend on the data are symbols."""
-    batch, has_tail = len(pre_acts), n_tail != 0 and width is not None
-    n_rows: Size = batch
-    if has_tail:
-        n_rows = torch.library.get_ctx().new_dynamic_size() if n_tail is None else batch + n_tail
-    n_slots: Size = torch.library.get_ctx().new_dynamic_size(min=1) if width is None else width
-    indices = pre_acts.new_empty(n_rows, n_slots, dtype=torch.int32)
-    counts, starts = indices.new_empty(batch), indices.new_empty(batch + 1 if has_tail else 0)
-    return indices, pre_acts.new_empty(n_rows, n_slots), counts, starts
-
-
 @_select_threshold.register_fake
 def _(
     pre_acts: Tensor,
@@ -376,54 +101,11 @@ def _(
     return fake_codes(pre_acts, width, n_tail)
 
 
-def save_codes(ctx, inputs, output) -> None:
-    indices, _, *rest = output
-    ctx.save_for_backward(*output[:4])
-    ctx.d_sae = inputs[0].shape[1]
-    ctx.mark_non_differentiable(indices, *rest)
-
-
-def scatter_grad(ctx, g_values: Tensor) -> Tensor:
-    """Gradient of the dense pre_acts: that of the values at taken slots whose value is not 0. NaN is not 0."""
-    indices, values, counts, starts = ctx.saved_tensors
-    codes = Codes(indices, values, counts, starts if len(starts) else None)
-    n = len(counts) * ctx.d_sae
-    at = rows(codes).owners.long()[:, None] * ctx.d_sae + indices
-    # free slots and zeros go to one element behind the gradient, so that every other is written once
-    at = torch.where(values != 0, at, n).flatten()
-    g_pre = g_values.new_zeros(n + 1)
-    return g_pre.scatter_(0, at, g_values.flatten())[:n].view(len(counts), ctx.d_sae)
-
-
 def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     return scatter_grad(ctx, g_values), None, None, None, None, None
 
 
 _select_threshold.register_autograd(_backward, setup_context=save_codes)
-
-
-def check_selection(
-    pre_acts: Tensor, group_max: Tensor | None, width: int | None, n_tail: int | None
-) -> Tensor:
-    """Validate what the ragged selections have in common; the group maxima."""
-    check("pre_acts", pre_acts, (None, None))
-    batch, d_sae = pre_acts.shape
-    if not d_sae:
-        raise ValueError(f"pre_acts is {list(pre_acts.shape)}, but must have at least one latent")
-    if d_sae >= 2**31:
-        raise ValueError(f"pre_acts has {d_sae} latents, but indices are int32")
-    if width is not None and width < 1:
-        raise ValueError(f"width is {width}, but must be at least 1, or None")
-    if n_tail is not None and n_tail < 0:
-        raise ValueError(f"n_tail is {n_tail}, but must be at least 0, or None")
-    if width is None and n_tail:
-        raise ValueError(
-            f"n_tail is {n_tail}, but without a width every row fits: give a width or leave it 0"
-        )
-    if group_max is None:
-        return group_max_of(pre_acts.detach())
-    check("group_max", group_max, (batch, cdiv(d_sae, GROUP)), dtypes=(pre_acts.dtype,), like=pre_acts)
-    return group_max.detach()
 
 
 def select_threshold(

@@ -1,0 +1,274 @@
+"""TopK: codes of the k largest pre_acts of each row (Gao et al. 2024, arXiv 2406.04093). Exact, ties to the smallest index.
+
+The k-th largest group maximum bounds the k-th largest value from below, and the bound is tight: of 24576 normal
+values some 34 pass it for k = 32. So per row: bisect the bound over the bits of the group maxima, pack what is larger out of
+the groups that reach it, bisect the k-th value over that short list, and count how many ties at it are wanted. The
+emission, select_threshold's, then writes what is larger and the first of the ties. Bound: bandwidth, batch * d_sae / 32 maxima and
+k groups per row, each read twice, the second time from the cache; in practice the bisections' arithmetic.
+"""
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels._emit import (
+    INFINITY_KEY,
+    NAN_KEY,
+    Outputs,
+    candidates,
+    check_selection,
+    emit_triton,
+    fake_codes,
+    float_key,
+    load_groups,
+    pack,
+    pack_groups,
+    row_programs,
+    save_codes,
+    scatter_grad,
+    signed_key,
+)
+from fastsae_kernels._launch import INTERPRET, backend, jit, launch, tl
+from fastsae_kernels.codes import Codes
+from fastsae_kernels.encode import GROUP
+
+LOWEST = -(2**31)
+# Bits of a float key that are clear in every value of the dtype: they need no bisection. Negative keys have them set.
+CLEAR_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+
+@jit
+def _key(x, SIGNED: tl.constexpr, INFINITY: tl.constexpr, NAN: tl.constexpr):
+    return signed_key(x, NAN) if SIGNED else float_key(x, INFINITY, NAN)
+
+
+@jit
+def _count(keys_ptr, n, level, BLOCK: tl.constexpr):
+    """How many of n keys are at least `level`."""
+    count = 0
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        key = tl.load(keys_ptr + at, mask=at < n, other=0)
+        count += tl.sum(((key >= level) & (at < n)).to(tl.int32), 0)
+    return count
+
+
+@jit
+def _kth(
+    keys_ptr, n, k, SIGNED: tl.constexpr, CLEAR: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The k-th largest key, bit by bit; with fewer than k keys (or positive ones) the lowest key there is."""
+    kth = 0
+    if SIGNED:
+        kth = tl.where(_count(keys_ptr, n, 0, BLOCK) >= k, 0, LOWEST)
+    for bit in tl.static_range(31 - CLEAR):
+        higher = kth + (1 << (30 - bit))
+        kth = tl.where(_count(keys_ptr, n, higher, BLOCK) >= k, higher, kth)
+    return kth
+
+
+@jit
+def _cut_kernel(
+    pre_ptr,
+    gmax_ptr,
+    groups_ptr,
+    keys_ptr,
+    kappa_ptr,
+    quota_ptr,
+    batch,
+    d_sae,
+    n_groups,
+    n_keys,
+    k,
+    SIGNED: tl.constexpr,
+    CLEAR: tl.constexpr,
+    LOWEST: tl.constexpr,
+    INFINITY: tl.constexpr,
+    NAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    groups_ptr += tl.program_id(0) * BLOCK_G
+    keys_ptr += tl.cast(tl.program_id(0), tl.int64) * n_keys
+    for row32 in range(tl.program_id(0), batch, tl.num_programs(0)):
+        row = tl.cast(row32, tl.int64)  # the interpreter counts in Python
+        tl.debug_barrier()  # the keys may still be read for the row before
+        for first in range(0, n_groups, BLOCK_G):
+            group = first + tl.arange(0, BLOCK_G)
+            top = tl.load(gmax_ptr + row * n_groups + group, mask=group < n_groups, other=0.0).to(tl.float32)
+            tl.store(keys_ptr + group, _key(top, SIGNED, INFINITY, NAN), mask=group < n_groups)
+        tl.debug_barrier()
+        bound = _kth(keys_ptr, n_groups, k, SIGNED, CLEAR, LOWEST, BLOCK_G)
+        if not SIGNED:
+            bound = tl.maximum(bound, 1)  # what is not positive is not selected
+
+        # Fewer than k groups have a larger maximum: what is larger fits behind the keys of the groups.
+        larger_ptr = keys_ptr + n_groups
+        n_larger = 0
+        for first_group in range(0, n_groups, BLOCK_G):
+            group = first_group + tl.arange(0, BLOCK_G)
+            top = tl.load(keys_ptr + group, mask=group < n_groups, other=0)
+            n_active = pack_groups((group < n_groups) & (top > bound), group, groups_ptr)
+            for first in range(0, n_active, BLOCK_A):
+                _, inside, pre = load_groups(
+                    pre_ptr + row * d_sae, groups_ptr, first, n_active, d_sae, GROUP, BLOCK_A
+                )
+                key = _key(pre, SIGNED, INFINITY, NAN)
+                larger = inside & (key > bound)
+                tl.store(larger_ptr + n_larger + tl.cumsum(larger.to(tl.int32), 0) - 1, key, mask=larger)
+                n_larger += tl.sum(larger.to(tl.int32), 0)
+        tl.debug_barrier()
+        kappa = bound
+        if n_larger >= k:
+            kappa = _kth(larger_ptr, n_larger, k, SIGNED, CLEAR, LOWEST, BLOCK_K)
+            n_larger = _count(larger_ptr, n_larger, kappa + 1, BLOCK_K)
+        tl.store(kappa_ptr + row, kappa)
+        tl.store(quota_ptr + row, k - n_larger)
+
+
+def select_topk_ref(pre_acts: Tensor, k: int, positive: bool = True) -> tuple[Tensor, Tensor]:
+    """As dense tensors: acts, and which latents are selected. The sort is stable, so ties go to the smallest index."""
+    order = pre_acts.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    selected = torch.zeros_like(pre_acts, dtype=torch.bool).scatter(1, order, True)
+    if positive:
+        selected &= ~(pre_acts <= 0)
+    return torch.where(selected, pre_acts, 0.0), selected
+
+
+def _select_topk_triton(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
+    (batch, d_sae), n_groups = pre_acts.shape, group_max.shape[1]
+    programs, block_g, block_a = row_programs(pre_acts)
+    n_keys = n_groups + min(GROUP * (k - 1), d_sae)
+    kappa = pre_acts.new_empty(batch, dtype=torch.int32)
+    quota = torch.empty_like(kappa)
+    launch(
+        _cut_kernel,
+        (programs,),
+        pre_ptr=pre_acts,
+        gmax_ptr=group_max,
+        groups_ptr=kappa.new_empty(programs * block_g),
+        keys_ptr=kappa.new_empty(programs * n_keys),
+        kappa_ptr=kappa,
+        quota_ptr=quota,
+        batch=batch,
+        d_sae=d_sae,
+        n_groups=n_groups,
+        n_keys=n_keys,
+        k=k,
+        SIGNED=not positive,
+        CLEAR=CLEAR_BITS[pre_acts.dtype] if positive else 0,
+        LOWEST=LOWEST,
+        INFINITY=INFINITY_KEY,
+        NAN=NAN_KEY,
+        GROUP=GROUP,
+        BLOCK_G=block_g,
+        BLOCK_A=block_a,
+        BLOCK_K=32 if INTERPRET else 128,
+    )
+    rule = "row cut" if positive else "signed row cut"
+    return emit_triton(pre_acts, group_max, k, 0, rule=rule, kappa=kappa, quota=quota)
+
+
+def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
+    """The k-th group maximum filters; the few values that pass are cut exactly, as integer keys."""
+    batch, n_groups = group_max.shape
+    wide = group_max if group_max.dtype == torch.float64 else group_max.float()
+    if k > n_groups:
+        bound = wide.new_full((batch, 1), float("-inf"))
+    else:
+        bound = wide.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        bound = torch.where(bound.isnan(), float("inf"), bound)
+    if positive:  # pre > the number below the bound, so that one comparison also drops what is not positive
+        bound = torch.nextafter(bound, bound.new_full((), float("-inf"))).clamp(min=0)
+        below = torch.le
+    else:
+        below = torch.lt
+    row, latent, value = candidates(
+        pre_acts, ~below(group_max, bound), lambda pre, row, _group: ~below(pre, bound[row])
+    )
+    key = _order_key(value)
+    starts = torch.searchsorted(row, torch.arange(batch + 1, device=row.device))
+    fullest = int(starts.diff().max()) if batch else 0
+    if fullest > k:
+        if fullest > 4 * k + GROUP:  # many tie at the bound: only the first k of them can be selected
+            bottom = _order_key(bound.flatten() if not positive else _next_up(bound.flatten(), pre_acts))
+            at_bound = key == bottom[row]
+            few = (~at_bound | (_rank(at_bound, starts, row) < k)).nonzero().squeeze(1)
+            row, latent, value, key = row[few], latent[few], value[few], key[few]
+            starts = torch.searchsorted(row, torch.arange(batch + 1, device=row.device))
+            fullest = int(starts.diff().max())
+        table = key.new_full((batch, max(fullest, k)), torch.iinfo(key.dtype).min)
+        table[row, torch.arange(len(row), device=row.device) - starts[row]] = key
+        kappa = table.topk(k, dim=1, sorted=False).values.amin(1)
+        wanted = k - (table > kappa[:, None]).sum(1)
+        cut = kappa[row]
+        ties = key == cut
+        kept = ((key > cut) | (ties & (_rank(ties, starts, row) < wanted[row]))).nonzero().squeeze(1)
+        row, latent, value = row[kept], latent[kept], value[kept]
+    return pack(row, latent, value, batch, k, 0)
+
+
+def _order_key(x: Tensor) -> Tensor:
+    """Integers in the same order: -0 equals 0, NaN is the largest."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    integer = torch.int64 if wide.dtype == torch.float64 else torch.int32
+    info = torch.iinfo(integer)
+    bits = (wide + 0.0).view(integer)
+    return (bits ^ ((bits >> (info.bits - 1)) & info.max)).masked_fill(wide.isnan(), info.max)
+
+
+def _next_up(bound: Tensor, like: Tensor) -> Tensor:
+    """The least value of like's dtype that is above `bound`."""
+    up = torch.nextafter(bound, bound.new_full((), float("inf")))
+    if like.dtype in (torch.float32, torch.float64):
+        return up
+    return up.to(like.dtype).to(bound.dtype)
+
+
+def _rank(flags: Tensor, starts: Tensor, row: Tensor) -> Tensor:
+    """Where an entry is flagged: how many before it in its row are."""
+    before = flags.cumsum(0) - flags.long()
+    at_start = torch.nn.functional.pad(before, (0, 1))[starts[:-1]]
+    return before - at_start[row]
+
+
+@torch.library.custom_op("fastsae::select_topk", mutates_args=())
+def _select_topk(
+    pre_acts: Tensor, group_max: Tensor, k: int, positive: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = _select_topk_triton if backend(pre_acts) == "triton" else _select_topk_torch
+    return form(pre_acts, group_max, k, positive)
+
+
+@_select_topk.register_fake
+def _(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
+    return fake_codes(pre_acts, k, 0)
+
+
+def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
+    return scatter_grad(ctx, g_values), None, None, None
+
+
+_select_topk.register_autograd(_backward, setup_context=save_codes)
+
+
+def select_topk(pre_acts: Tensor, k: int, group_max: Tensor | None = None, *, positive: bool = True) -> Codes:
+    """Codes of the k largest pre_acts of each row, by rising index. Differentiable in pre_acts.
+
+    Args:
+        pre_acts: [batch, d_sae], any float dtype. NaN is the largest. Ties go to the smallest index.
+        k: latents per row.
+        group_max: [batch, ceil(d_sae / 32)] as encode returns it; by default taken here, for one read of pre_acts.
+        positive: leave out what is not positive, so that a row may have fewer than k: a selected value of 0 would otherwise
+            take part in the count of latents.
+    Returns:
+        Codes of width k without tail, values in pre_acts' dtype. Their gradient reaches pre_acts at the slots whose value is not 0.
+    Raises:
+        ValueError: a shape, dtype, device, layout or k that does not fit.
+    """
+    group_max = check_selection(pre_acts, group_max, None, 0)
+    if not 1 <= k <= pre_acts.shape[1]:
+        raise ValueError(f"k is {k}, but must be at least 1 and at most d_sae, {pre_acts.shape[1]}")
+    indices, values, counts, _ = _select_topk(pre_acts, group_max, k, positive)
+    return Codes(indices, values, counts)

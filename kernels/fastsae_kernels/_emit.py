@@ -23,7 +23,7 @@ from fastsae_kernels._launch import (
     tl,
 )
 from fastsae_kernels.codes import Codes, rows, tail_starts
-from fastsae_kernels.encode import GROUP, _group_max_kernel, group_max_ref
+from fastsae_kernels.encode import GROUP, _group_max_kernel, group_max_torch
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of Codes; tail_starts is empty where there is no tail
 Size = int | torch.SymInt
@@ -162,7 +162,7 @@ def _emit_kernel(
 def group_max_of(pre_acts: Tensor) -> Tensor:
     """Group maxima for a caller that has none; one read of pre_acts."""
     if backend(pre_acts) == "torch":
-        return group_max_ref(pre_acts)
+        return group_max_torch(pre_acts)
     (batch, d_sae), n_groups = pre_acts.shape, cdiv(pre_acts.shape[1], GROUP)
     group_max = pre_acts.new_empty(batch, n_groups)
     block = 4 if INTERPRET else 64  # interpreted reductions take time per element
@@ -269,8 +269,13 @@ def candidates(
         pre = pre_acts.flatten()[row[:, None] * d_sae + latent.clamp(max=d_sae - 1)]
         hit = passes(pre, row, group) & (latent < d_sae)
     flat = hit.flatten().nonzero().squeeze(1)
+    value = pre.flatten()[flat]
     taken = flat // GROUP
-    return row[taken], group[taken] * GROUP + flat % GROUP, pre.flatten()[flat]
+    return (
+        row[taken],
+        flat.add_((group - torch.arange(len(group), device=group.device))[taken] * GROUP),
+        value,
+    )
 
 
 def above(level: float, *, inclusive: bool = False) -> Callable[..., Tensor]:

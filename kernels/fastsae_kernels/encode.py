@@ -129,8 +129,17 @@ def encode_ref(
 
 def group_max_ref(pre_acts: Tensor) -> Tensor:
     padding = -pre_acts.shape[1] % GROUP
-    padded = torch.nn.functional.pad(pre_acts, (0, padding), value=float("-inf"))
-    return padded.view(len(pre_acts), padded.shape[1] // GROUP, GROUP).amax(-1)
+    if padding:
+        pre_acts = torch.nn.functional.pad(pre_acts, (0, padding), value=float("-inf"))
+    return pre_acts.view(len(pre_acts), pre_acts.shape[1] // GROUP, GROUP).amax(-1)
+
+
+def group_max_torch(pre_acts: Tensor) -> Tensor:
+    """Chunks of rows, in fp32: on a CPU the maximum over 32 neighbours takes 7 times as long in half precision."""
+    group_max = pre_acts.new_empty(len(pre_acts), cdiv(pre_acts.shape[1], GROUP))
+    for rows, out in zip(pre_acts.split(CHUNK_ROWS), group_max.split(CHUNK_ROWS), strict=True):
+        out.copy_(group_max_ref(rows.float() if rows.element_size() == 2 else rows))
+    return group_max
 
 
 class _Tile:

@@ -173,17 +173,14 @@ def _select_topk_triton(pre_acts: Tensor, group_max: Tensor, k: int, positive: b
 def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
     """The k-th group maximum filters; the few values that pass are cut exactly, as integer keys."""
     batch, n_groups = group_max.shape
-    wide = group_max if group_max.dtype == torch.float64 else group_max.float()
+    wide = group_max.to(torch.promote_types(group_max.dtype, torch.float32))
     if k > n_groups:
-        bound = wide.new_full((batch, 1), float("-inf"))
+        bound = torch.zeros_like(wide[:, :1]) if positive else torch.full_like(wide[:, :1], float("-inf"))
     else:
-        bound = wide.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        bound = torch.where(bound.isnan(), float("inf"), bound)
+        bound = _kth_bound(wide, k, positive)
     if positive:  # pre > the number below the bound, so that one comparison also drops what is not positive
         bound = torch.nextafter(bound, bound.new_full((), float("-inf"))).clamp(min=0)
-        below = torch.le
-    else:
-        below = torch.lt
+    below = torch.le if positive else torch.lt
     row, latent, value = candidates(
         pre_acts, ~below(group_max, bound), lambda pre, row, _group: ~below(pre, bound[row])
     )
@@ -207,6 +204,19 @@ def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bo
         kept = ((key > cut) | (ties & (_rank(ties, starts, row) < wanted[row]))).nonzero().squeeze(1)
         row, latent, value = row[kept], latent[kept], value[kept]
     return pack(row, latent, value, batch, k, 0)
+
+
+def _kth_bound(group_max: Tensor, k: int, positive: bool) -> Tensor:
+    """A bound from below of the k-th largest of each row [batch, 1], from integers: topk of floats takes 1.5 times as long."""
+    if not positive:
+        kth = group_max.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    else:
+        # Bits of floats that are not negative are ordered; the negative ones, a NaN's too, only lower the bound, to 0.
+        bits = group_max.view(torch.int64 if group_max.dtype == torch.float64 else torch.int32)
+        kth = (
+            bits.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True).clamp(min=0).view(group_max.dtype)
+        )
+    return torch.where(kth.isnan(), float("inf"), kth)
 
 
 def _order_key(x: Tensor) -> Tensor:

@@ -1,0 +1,450 @@
+import pytest
+import torch
+
+from fastsae_kernels import update
+from fastsae_kernels._launch import use_backend
+from fastsae_kernels.codes import Codes, tail_starts, to_dense
+from fastsae_kernels.testing import assert_as_accurate, assert_close
+from fastsae_kernels.transpose import transpose
+from fastsae_kernels.update import grad_rows, grad_rows_ref, update_rows
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+FORMS = [
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+    ("torch", torch.float64),
+    ("triton", torch.float32),
+]
+# backend, dtype of the source, dtype of the coefficients
+GRAD_FORMS = [
+    *((name, dtype, dtype) for name, dtype in FORMS),
+    ("torch", torch.bfloat16, torch.float32),
+    ("triton", torch.float16, torch.float32),
+    ("triton", torch.float16, torch.float16),
+]
+# batch, d_sae, d, width, chunk
+SIZES = [
+    (1, 1, 1, 1, 64),
+    (3, 13, 7, 3, 64),
+    (5, 7, 129, 7, 1),  # every latent, every entry a chunk
+    (33, 65, 33, 5, 3),
+    (37, 3, 17, 2, 4),  # up to nine extra chunks: more than are added up at once
+    (9, 31, 96, 4, 2),
+    (4, 5, 8, 0, 64),
+    (0, 5, 8, 2, 64),
+]
+
+
+def make_codes(batch: int, d_sae: int, width: int, *, seed: int = 0, hot: bool = True) -> Codes:
+    """Random codes; the last quarter of the latents is never active, latent 0 (hot) is in every input with a slot."""
+    gen = torch.Generator().manual_seed(seed)
+    live = max(d_sae - d_sae // 4, min(width, d_sae))
+    indices = torch.zeros(batch, width, dtype=torch.int32)
+    values = torch.zeros(batch, width)
+    counts = torch.randint(0, width + 1, (batch,), generator=gen, dtype=torch.int32)
+    for b, count in enumerate(counts.tolist()):
+        latents = torch.randperm(live, generator=gen)[:count]
+        if hot and count and 0 not in latents:
+            latents[0] = 0
+        indices[b, :count] = latents.sort().values.int()
+        values[b, :count] = torch.randn(count, generator=gen)
+    return Codes(indices, values, counts)
+
+
+def to(codes: Codes, device, dtype=None) -> Codes:
+    indices, values, counts, starts = codes
+    moved = None if starts is None else starts.to(device)
+    return Codes(indices.to(device), values.to(device, dtype), counts.to(device), moved)
+
+
+def unit_rows(n: int, d: int, gen) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=gen, dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("name, dtype, coefficients", GRAD_FORMS, ids=str)
+@pytest.mark.parametrize("batch, d_sae, d, width, chunk", SIZES)
+def test_grad_rows(name, dtype, coefficients, batch, d_sae, d, width, chunk, device):
+    codes = to(make_codes(batch, d_sae, width), device)
+    source = torch.randn(batch, d, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    with use_backend(name):
+        t = transpose(codes, d_sae, chunk=chunk)
+
+        def op(values, source):
+            return grad_rows(t, values, source)
+
+        def ref(values, source):
+            sums = torch.promote_types(source.dtype, torch.float32)
+            return grad_rows_ref(t, values.to(sums), source.to(sums))
+
+        inputs = [codes.values.to(coefficients), source]
+        assert_as_accurate(op, ref, inputs, grads=False)
+        once, again = op(*inputs), op(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert once[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    dense = to_dense(to(codes, device, torch.float64), d_sae)
+    assert torch.equal(
+        once[0][(dense != 0).sum(0) == 0].abs().sum().cpu(), torch.zeros((), dtype=once[0].dtype)
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_tails_are_summed_too(name, device):
+    counts = torch.tensor([2, 7, 0, 5], dtype=torch.int32)
+    indices = torch.zeros(4 + 3, 3, dtype=torch.int32)
+    values = torch.zeros(7, 3)
+    rows = {0: [1, 4], 1: [0, 1, 2], 4: [5, 6, 8], 5: [9], 3: [2, 3, 4], 6: [7, 8]}
+    for row, latents in rows.items():
+        indices[row, : len(latents)] = torch.tensor(latents, dtype=torch.int32)
+        values[row, : len(latents)] = torch.arange(len(latents)) + row + 1.0
+    codes = to(Codes(indices, values, counts, tail_starts(counts, 3)), device)
+    owners = {0: 0, 1: 1, 4: 1, 5: 1, 3: 3, 6: 3}
+    acts = torch.zeros(4, 10)
+    for row, latents in rows.items():
+        for i, latent in enumerate(latents):
+            acts[owners[row], latent] = i + row + 1.0
+    source = torch.arange(8.0, device=device).view(4, 2)
+    with use_backend(name):
+        g_W, g_b = grad_rows(transpose(codes, 10, chunk=1), codes.values, source)
+    assert torch.equal(g_W.cpu(), acts.T @ source.cpu())  # small integers: no rounding
+    assert torch.equal(g_b.cpu(), acts.sum(0))
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_nan_and_inf_stay_in_their_rows(name, device):
+    codes = to(
+        Codes(
+            torch.tensor([[0, 2], [1, 2]], dtype=torch.int32),
+            torch.ones(2, 2),
+            torch.tensor([2, 2], dtype=torch.int32),
+        ),
+        device,
+    )
+    source = torch.tensor([[float("nan"), 1.0], [float("inf"), 2.0]], device=device)
+    with use_backend(name):
+        g_W, _ = grad_rows(transpose(codes, 4), codes.values, source)
+    expected = torch.tensor([[float("nan"), 1], [float("inf"), 2], [float("nan"), 3], [0, 0]])
+    assert torch.equal(g_W.cpu().nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
+
+
+class Oracle:
+    """torch.optim.Adam on dense gradients in `dtype`, with the projection and renormalisation around it."""
+
+    def __init__(self, W, bias, dtype, lr, flags, scale, l1):
+        self.W, self.bias = (a.to(dtype).clone().requires_grad_() for a in (W, bias))
+        self.adam = torch.optim.Adam([self.W, self.bias], lr=lr, betas=BETAS, eps=EPS)
+        self.flags, self.scale, self.l1, self.dtype = flags, scale, l1, dtype
+
+    def step(self, codes, source, d_sae):
+        acts, W = to_dense(codes, d_sae).to(self.dtype), self.W.detach()
+        g = acts.T @ source.to(self.dtype)
+        if self.flags["l1_rows"]:
+            rows = W.clone().requires_grad_()
+            (self.l1 * (acts.sum(0) * rows.norm(dim=-1)).sum()).backward()
+            g = g + rows.grad
+        if self.flags["project"]:
+            g = g - (g * W).sum(-1, keepdim=True) * W
+        self.W.grad, self.bias.grad = g * self.scale, acts.sum(0) * self.scale
+        self.adam.step()
+        if self.flags["renormalise"]:
+            with torch.no_grad():
+                self.W /= self.W.norm(dim=-1, keepdim=True)
+
+    def tensors(self):
+        state = self.adam.state
+        return {
+            "W": self.W.detach(),
+            "m": state[self.W]["exp_avg"],
+            "v": state[self.W]["exp_avg_sq"],
+            "bias": self.bias.detach(),
+            "bias_m": state[self.bias]["exp_avg"],
+            "bias_v": state[self.bias]["exp_avg_sq"],
+        }
+
+
+PLAIN = {"project": False, "renormalise": False, "l1_rows": False}
+VARIANTS = [
+    PLAIN,
+    {"project": True, "renormalise": True, "l1_rows": False},
+    {"project": False, "renormalise": False, "l1_rows": True},
+]
+
+
+def state(n, d, device, dtype=torch.float32, *, m_dtype=None):
+    gen = torch.Generator().manual_seed(5)
+    W, bias = unit_rows(n, d, gen), torch.randn(n, generator=gen, dtype=torch.float64)
+    made = {
+        "W": W,
+        "m": torch.zeros(n, d),
+        "v": torch.zeros(n, d),
+        "bias": bias,
+        "bias_m": torch.zeros(n),
+        "bias_v": torch.zeros(n),
+    }
+    made = {name: a.to(device, dtype) for name, a in made.items()}
+    if m_dtype is not None:
+        made["m"] = made["m"].to(m_dtype)
+    return made
+
+
+def scalars_at(step, lr, device, dtype=torch.float32, *, scale=1.0, l1=0.0, skip=0.0):
+    return torch.tensor(
+        [lr, 1 - BETAS[0] ** step, 1 - BETAS[1] ** step, scale, l1, skip], dtype=dtype, device=device
+    )
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=["plain", "unit", "free"])
+@pytest.mark.parametrize("name, dtype", FORMS, ids=str)
+def test_twenty_steps_are_adam(name, dtype, flags, device):
+    # lr, grad_scale and l1 are exact in fp32: the oracle's fp64 run takes the same numbers
+    batch, n, d, lr, scale, l1 = 9, 13, 17, 2.0**-9, 0.75, 2.0**-4
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    got = state(n, d, device, own)
+    truth = Oracle(got["W"].cpu().double(), got["bias"].cpu(), torch.float64, lr, flags, scale, l1)
+    rival = Oracle(got["W"].cpu(), got["bias"].cpu(), torch.float32, lr, flags, scale, l1)
+    for step in range(1, 21):
+        # latent 0 has extra chunks, some come and go, a quarter never have an entry; at step 7 none has
+        codes = make_codes(batch, n, 4, seed=step) if step != 7 else make_codes(0, n, 4)
+        source = torch.randn(len(codes.counts), d, generator=torch.Generator().manual_seed(step)).to(dtype)
+        for oracle in (truth, rival):
+            oracle.step(codes, source, n)
+        scalars = scalars_at(step, lr, device, own, scale=scale, l1=l1)
+        on_device = to(codes, device)
+        with use_backend(name):
+            t = transpose(on_device, n, chunk=2)
+            update_rows(
+                t,
+                on_device.values.to(own),
+                source.to(device),
+                **got,
+                scalars=scalars,
+                betas=BETAS,
+                eps=EPS,
+                **flags,
+            )
+    if flags["renormalise"]:
+        norms = got["W"].norm(dim=-1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=4 * torch.finfo(own).eps)
+    assert_close({k: a.cpu() for k, a in got.items()}, rival.tensors(), truth.tensors())
+    if own == torch.float64:  # no hiding behind the fp32 rival
+        assert_close({k: a.cpu() for k, a in got.items()}, truth.tensors(), truth.tensors())
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_rows_without_entries_move_by_momentum(name, device):
+    got = state(3, 5, device)
+    got["m"][1], got["v"][1], before = 0.5, 0.25, got["W"].clone()
+    codes = to(
+        Codes(torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1), torch.ones(2, dtype=torch.int32)),
+        device,
+    )
+    with use_backend(name):
+        update_rows(
+            transpose(codes, 3),
+            codes.values,
+            torch.ones(2, 5, device=device),
+            **got,
+            scalars=scalars_at(3, 0.01, device),
+            betas=BETAS,
+            eps=EPS,
+        )
+    truth = (
+        torch.full((1,), 0.5 * 0.9, dtype=torch.float64),
+        torch.full((1,), 0.25 * 0.999, dtype=torch.float64),
+    )
+    assert torch.allclose(got["m"][1].cpu().double(), truth[0], rtol=1e-6, atol=0)
+    assert torch.allclose(got["v"][1].cpu().double(), truth[1], rtol=1e-6, atol=0)
+    step = -0.01 * (truth[0] / (1 - 0.9**3)) / ((truth[1] / (1 - 0.999**3)).sqrt() + EPS)
+    moved = (got["W"].double() - before.double())[1].cpu()
+    assert torch.allclose(moved, step.expand(5), rtol=0, atol=2 * torch.finfo(torch.float32).eps)
+    assert torch.equal(got["W"][2], before[2])  # neither gradient nor momentum
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_skip_leaves_every_bit(name, device):
+    got = state(7, 9, device)
+    got["m"].uniform_(), got["v"].uniform_(), got["bias_m"].uniform_(), got["bias_v"].uniform_()
+    got["shadow"] = got["W"].half() + 1
+    before = {k: a.clone() for k, a in got.items()}
+    codes = to(make_codes(5, 7, 3), device)
+    source = torch.full((5, 9), float("nan"), device=device)
+
+    def step(skip):
+        update_rows(
+            transpose(codes, 7, chunk=1),
+            codes.values,
+            source,
+            **got,
+            project=True,
+            renormalise=True,
+            scalars=scalars_at(2, 0.1, device, skip=skip),
+            betas=BETAS,
+            eps=EPS,
+        )
+
+    with use_backend(name):
+        step(1.0)
+        assert all(torch.equal(got[k], before[k]) for k in got)
+        step(0.0)
+        assert got["W"].isnan().any() and not any(torch.equal(got[k], before[k]) for k in got)
+
+
+# Triton's interpreter truncates where a GPU rounds to bf16: fp16 there
+@pytest.mark.parametrize(
+    "name, dtype", [("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float16)], ids=str
+)
+@pytest.mark.parametrize("flags", VARIANTS[:2], ids=["plain", "unit"])
+def test_shadow_is_the_new_weight_rounded(name, dtype, flags, device):
+    got = state(11, 33, device)
+    shadow = torch.full((11, 33), float("nan"), device=device, dtype=dtype)
+    codes = to(make_codes(6, 11, 3), device)
+    before = got["W"].clone()
+    with use_backend(name):
+        update_rows(
+            transpose(codes, 11),
+            codes.values,
+            torch.randn(6, 33, device=device),
+            **got,
+            shadow=shadow,
+            scalars=scalars_at(1, 0.01, device),
+            betas=BETAS,
+            eps=EPS,
+            **flags,
+        )
+    assert torch.equal(shadow, got["W"].to(dtype)) and not torch.equal(got["W"], before)
+
+
+def test_bf16_momentum(device):
+    """The first step from zero: W as with fp32 momentum, m its rounding."""
+    wide, narrow = state(11, 33, device), state(11, 33, device, m_dtype=torch.bfloat16)
+    codes, source = to(make_codes(6, 11, 3), device), torch.randn(6, 33, device=device)
+    with use_backend("torch"):
+        for got in (wide, narrow):
+            update_rows(
+                transpose(codes, 11),
+                codes.values,
+                source,
+                **got,
+                scalars=scalars_at(1, 0.01, device),
+                betas=BETAS,
+                eps=EPS,
+            )
+    assert torch.equal(narrow["m"], wide["m"].bfloat16()) and wide["m"].any()
+    assert torch.equal(narrow["W"], wide["W"])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # lanes beyond d
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("d", [5, 8])
+def test_momentum_zero_and_eps_zero(name, d, device):
+    """betas (0, 0) and eps 0: every touched element moves by lr against its gradient's sign; lanes beyond d stay out of norms."""
+    got, codes = (
+        state(2, d, device),
+        Codes(
+            torch.tensor([[0, 1]], dtype=torch.int32),
+            torch.tensor([[1.0, -2.0]]),
+            torch.tensor([2], dtype=torch.int32),
+        ),
+    )
+    codes, source = to(codes, device), torch.randn(1, d, device=device)
+    before = got["W"].clone()
+    scalars = torch.tensor([0.125, 1, 1, 1, 0, 0], device=device)
+    with use_backend(name):
+        update_rows(
+            transpose(codes, 2),
+            codes.values,
+            source,
+            **got,
+            renormalise=True,
+            scalars=scalars,
+            betas=(0.0, 0.0),
+            eps=0.0,
+        )
+    stepped = before - 0.125 * torch.cat([source.sign(), -source.sign()])
+    torch.testing.assert_close(got["W"], stepped / stepped.norm(dim=-1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_updates_repeat_to_the_bit(name, device):
+    codes, source = to(make_codes(40, 7, 5), device), torch.randn(40, 19, device=device)
+    runs = [state(7, 19, device) for _ in range(2)]
+    with use_backend(name):
+        for got in runs:
+            update_rows(
+                transpose(codes, 7, chunk=3),
+                codes.values,
+                source,
+                **got,
+                project=True,
+                renormalise=True,
+                scalars=scalars_at(1, 0.01, device),
+                betas=BETAS,
+                eps=EPS,
+            )
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_update_is_made_of_grad_rows(name, device, monkeypatch):
+    """betas (0, 1): m is the gradient itself; over several blocks of rows in the torch form."""
+    monkeypatch.setattr(update, "BLOCK", 2 * 19)
+    codes, source = to(make_codes(40, 7, 5), device), torch.randn(40, 19, device=device)
+    got = state(7, 19, device)
+    with use_backend(name):
+        t = transpose(codes, 7, chunk=3)
+        g_W, g_b = grad_rows(t, codes.values, source)
+        update_rows(
+            t,
+            codes.values,
+            source,
+            **got,
+            scalars=torch.tensor([0.5, 1, 1, 1, 0, 0], device=device),
+            betas=(0.0, 0.5),
+            eps=1.0,
+        )
+    assert torch.equal(got["m"], g_W) and torch.equal(got["bias_m"], g_b)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_opcheck(name, device):
+    codes = to(make_codes(5, 7, 3), device)
+    source, got = torch.randn(5, 9, device=device), state(7, 9, device)
+    ops = torch.ops.fastsae
+    with use_backend(name):
+        t = transpose(codes, 7, chunk=2)
+        torch.library.opcheck(ops.grad_rows.default, (*t, codes.values, source))
+        arguments = (got["W"], got["m"], got["v"], scalars_at(1, 0.01, device), *BETAS, EPS, got["W"].half())
+        biases = (got["bias"], got["bias_m"], got["bias_v"])
+        torch.library.opcheck(
+            ops.update_rows.default, (*t, codes.values, source, *arguments, True, True, False, *biases)
+        )
+
+
+def test_errors(device):
+    codes = make_codes(5, 7, 3)
+    t, values, source, got = transpose(codes, 7), codes.values, torch.ones(5, 9), state(7, 9, "cpu")
+    rest = {"scalars": scalars_at(1, 0.01, "cpu"), "betas": BETAS, "eps": EPS}
+    W, m, v = got["W"], got["m"], got["v"]
+    with pytest.raises(ValueError, match=r"coefficients has 14 slots, but the codes that were transposed 15"):
+        grad_rows(t, torch.zeros(7, 2), source)
+    with pytest.raises(ValueError, match=r"coefficients is \[15\], but must be \[any, any\]"):
+        grad_rows(t, values.flatten(), source)
+    with pytest.raises(ValueError, match=r"source must be contiguous"):
+        grad_rows(t, values, torch.ones(9, 5).T)
+    with pytest.raises(ValueError, match=r"t.owners is int64"):
+        grad_rows(t._replace(owners=t.owners.long()), values, source)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"16385 elements.*at most 16384"):
+        grad_rows(t, values, torch.ones(5, 16385))
+    with pytest.raises(ValueError, match=r"W is \[7, 8\], but must be \[7, 9\]"):
+        update_rows(t, values, source, W[:, :8], m, v, **rest)
+    with pytest.raises(ValueError, match=r"W is float16, but must be one of: float32, float64"):
+        update_rows(t, values, source, W.half(), m, v, **rest)
+    with pytest.raises(ValueError, match=r"v is bfloat16, but must be one of: float32"):
+        update_rows(t, values, source, W, m, v.bfloat16(), **rest)
+    with pytest.raises(ValueError, match=r"m is float16, but must be one of: float32, bfloat16"):
+        update_rows(t, values, source, W, m.half(), v, **rest)
+    with pytest.raises(ValueError, match=r"scalars is \[5\], but must be \[6\]"):
+        update_rows(t, values, source, W, m, v, **{**rest, "scalars": rest["scalars"][:5]})
+    with pytest.raises(ValueError, match=r"given together"):
+        update_rows(t, values, source, W, m, v, **rest, bias=got["bias"])
+    with pytest.raises(ValueError, match=r"shadow is \[7, 8\]"):
+        update_rows(t, values, source, W, m, v, **rest, shadow=W[:, :8].half())

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae_kernels._launch import check, jit, tl
+
 
 class Codes(NamedTuple):
     """Active latents, by rising index within a row.
@@ -24,6 +26,41 @@ class Codes(NamedTuple):
     values: Tensor
     counts: Tensor
     tail_starts: Tensor | None = None
+
+
+def check_codes(codes: Codes, like: Tensor) -> None:
+    """Raise ValueError unless the tensors of `codes` fit together; that indices are in range is not checked."""
+    indices, values, counts, starts = codes
+    integers = (torch.int32,)
+    check("codes.indices", indices, (None, None), dtypes=integers, like=like)
+    check("codes.values", values, tuple(indices.shape), like=like)
+    check("codes.counts", counts, (None,), dtypes=integers, like=like)
+    n_rows, batch = len(indices), len(counts)
+    if starts is not None:
+        check("codes.tail_starts", starts, (batch + 1,), dtypes=integers, like=like)
+    if n_rows < batch or (n_rows > batch and starts is None):
+        raise ValueError(
+            f"codes.indices has {n_rows} rows, but must have {batch}, as codes.counts, or more with codes.tail_starts"
+        )
+
+
+@jit
+def row_slots(counts_ptr, tail_starts_ptr, row, batch, n_rows, width, HAS_TAIL: tl.constexpr):
+    """How many stored entries a row has, and by how much the slots of its tail are set off from its entries' numbers."""
+    count = tl.load(counts_ptr + row)
+    capacity = width
+    tail = row * width
+    if HAS_TAIL:
+        tail_row = batch + tl.load(tail_starts_ptr + row).to(tl.int64)
+        capacity += tl.maximum(n_rows - tail_row, 0) * width
+        tail = (tail_row - 1) * width  # tail rows are neighbours, and entry `width` is the first one's
+    return tl.minimum(count, capacity).to(tl.int32), tail
+
+
+@jit
+def slots_of(entry, row, width, tail):
+    """Slots of a row's entries, counted in codes.indices.flatten()."""
+    return entry + tl.where(entry < width, row * width, tail)
 
 
 class Rows(NamedTuple):
@@ -76,11 +113,13 @@ def entries(codes: Codes) -> Entries:
     else:
         taken = torch.arange(width, device=lengths.device, dtype=torch.int32) < lengths[:, None]
         slots = taken.flatten().nonzero().squeeze(1)
-    owner = owners[slots.div(max(width, 1), rounding_mode="floor")]
+    owner = owners.index_select(
+        0, slots.div(max(width, 1), rounding_mode="floor")
+    )  # a fifth of the time of []
     if codes.tail_starts is not None:
         owner, order = owner.sort(stable=True)
         slots = slots[order]
-    return Entries(owner, codes.indices.flatten()[slots], slots)
+    return Entries(owner, codes.indices.flatten().index_select(0, slots), slots)
 
 
 def to_dense(codes: Codes, d_sae: int) -> Tensor:

@@ -12,28 +12,11 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_power_of_2, tl
-from fastsae_kernels.codes import Codes, Entries, entries, to_dense
+from fastsae_kernels.codes import Codes, Entries, check_codes, entries, row_slots, slots_of, to_dense
+from fastsae_kernels.transpose import transpose
+from fastsae_kernels.update import grad_rows
 
 TILE = 8192  # elements of W_dec that a program of 4 warps holds at a time: 64 registers a thread
-
-
-@jit
-def row_slots(counts_ptr, tail_starts_ptr, row, batch, n_rows, width, HAS_TAIL: tl.constexpr):
-    """How many stored entries a row has, and by how much the slots of its tail are set off from its entries' numbers."""
-    count = tl.load(counts_ptr + row)
-    capacity = width
-    tail = row * width
-    if HAS_TAIL:
-        tail_row = batch + tl.load(tail_starts_ptr + row).to(tl.int64)
-        capacity += tl.maximum(n_rows - tail_row, 0) * width
-        tail = (tail_row - 1) * width  # tail rows are neighbours, and entry `width` is the first one's
-    return tl.minimum(count, capacity).to(tl.int32), tail
-
-
-@jit
-def slots_of(entry, row, width, tail):
-    """Slots of a row's entries, counted in codes.indices.flatten()."""
-    return entry + tl.where(entry < width, row * width, tail)
 
 
 @jit
@@ -270,29 +253,14 @@ def _backward(ctx, g):
     if ctx.needs_input_grad[1]:
         g_values = _g_values(indices, values, counts, starts, W_dec, g)
     if ctx.needs_input_grad[4]:
-        g_W_dec = to_dense(Codes(indices, values, counts, starts), len(W_dec)).to(g.dtype).T @ g
+        t = transpose(Codes(indices, values, counts, starts), len(W_dec))
+        g_W_dec = grad_rows(t, values, g)[0].to(W_dec.dtype)
     sums = torch.promote_types(g.dtype, torch.float32)
     g_b = g.sum(0, dtype=sums).to(ctx.b_dtype) if ctx.needs_input_grad[5] else None
     return None, g_values, None, None, g_W_dec, g_b
 
 
 _decode.register_autograd(_backward, setup_context=_save)
-
-
-def check_codes(codes: Codes, like: Tensor) -> None:
-    """Raise ValueError unless the tensors of `codes` fit together; that indices are in range is not checked."""
-    indices, values, counts, starts = codes
-    integers = (torch.int32,)
-    check("codes.indices", indices, (None, None), dtypes=integers, like=like)
-    check("codes.values", values, tuple(indices.shape), like=like)
-    check("codes.counts", counts, (None,), dtypes=integers, like=like)
-    n_rows, batch = len(indices), len(counts)
-    if starts is not None:
-        check("codes.tail_starts", starts, (batch + 1,), dtypes=integers, like=like)
-    if n_rows < batch or (n_rows > batch and starts is None):
-        raise ValueError(
-            f"codes.indices has {n_rows} rows, but must have {batch}, as codes.counts, or more with codes.tail_starts"
-        )
 
 
 def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import FLOATS, backend, check, jit, launch, next_power_of_2, tl
-from fastsae_kernels.codes import Codes, entries, rows, to_dense
-from fastsae_kernels.decode import TILE, bag_sums, check_codes, gathered_dots, row_slots, slots_of
+from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, rows, slots_of, to_dense
+from fastsae_kernels.decode import TILE, bag_sums, gathered_dots
 
 MAX_ONE_TILE = 128  # slots in a row for which a tile of 64 columns still holds all of its entries
 

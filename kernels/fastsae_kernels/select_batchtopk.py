@@ -131,7 +131,8 @@ def _cut(histogram: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     from_top = histogram.flip(0).cumsum(0)
     skipped = (from_top < wanted).sum().clamp(max=len(histogram) - 1)
     bin = len(histogram) - 1 - skipped
-    return bin, wanted - (from_top[skipped] - histogram[bin])
+    # from_top[skipped] would read `skipped` on the host
+    return bin, wanted - (from_top.take(skipped) - histogram.take(bin))
 
 
 def _select_batchtopk_triton(

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_power_of_2, tl
-from fastsae_kernels.codes import Codes, entries
+from fastsae_kernels._launch import backend, cdiv, jit, launch, next_power_of_2, tl
+from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, slots_of
 
 
 class Transposed(NamedTuple):
@@ -57,7 +57,7 @@ def _entries_kernel(
     slots_ptr,
     n,
     batch,
-    n_slots,
+    n_rows,
     width,
     HAS_TAIL: tl.constexpr,
     PLACE: tl.constexpr,
@@ -65,19 +65,13 @@ def _entries_kernel(
 ):
     """One program per input. PLACE False: set its bits in `words`; True: store its entries."""
     row = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts_ptr + row)
     bit = (row % 32).to(tl.uint32)
     one = tl.full((BLOCK,), 1, tl.uint32)
-    if HAS_TAIL:
-        # a row's tail rows are neighbours; its entry `width` is the first one's
-        tail = (batch + tl.load(tail_starts_ptr + row).to(tl.int64) - 1) * width
-    else:
-        tail = row * width
-        count = tl.minimum(count, width)
+    count, tail = row_slots(counts_ptr, tail_starts_ptr, row, batch, n_rows, width, HAS_TAIL)
     for start in range(0, count, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        slot = entry + tl.where(entry < width, row * width, tail)
-        taken = (entry < count) & (slot < n_slots)
+        slot = slots_of(entry, row, width, tail)
+        taken = entry < count
         latent = tl.load(indices_ptr + slot, mask=taken, other=0)
         word_ptr = words_ptr + (row // 32) * n + latent
         if PLACE:
@@ -144,7 +138,7 @@ def _transpose_triton(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]
         "slots_ptr": slots,
         "n": d_sae,
         "batch": batch,
-        "n_slots": n_slots,
+        "n_rows": len(indices),
         "width": width,
         "HAS_TAIL": codes.tail_starts is not None,
         "BLOCK": block,
@@ -222,16 +216,8 @@ def transpose(codes: Codes, d_sae: int, *, chunk: int = 64) -> Transposed:
     Returns: Transposed; the same bits every time.
     Raises: ValueError for codes that do not fit together, 2^31 slots or more, or a d_sae or chunk below 1.
     """
-    integers, (indices, counts) = (torch.int32,), (codes.indices, codes.counts)
-    check("codes.indices", indices, (None, None), dtypes=integers)
-    check("codes.counts", counts, (None,), dtypes=integers, like=indices)
-    if codes.tail_starts is not None:
-        check("codes.tail_starts", codes.tail_starts, (len(counts) + 1,), dtypes=integers, like=indices)
-    if len(indices) < len(counts) or (len(indices) > len(counts) and codes.tail_starts is None):
-        raise ValueError(
-            f"codes.indices has {len(indices)} rows, but must have {len(counts)}, as codes.counts, or more with "
-            "codes.tail_starts"
-        )
+    check_codes(codes, codes.indices)
+    indices, counts = codes.indices, codes.counts
     if indices.numel() >= 2**31:
         raise ValueError(f"codes.indices has {indices.numel()} slots, but must have fewer than 2^31")
     if d_sae < 1 or chunk < 1:

@@ -143,4 +143,4 @@ def test_too_many_slots():
         indices = torch.empty(2**16, 2**15, dtype=torch.int32)
         counts = torch.empty(2**16, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"2147483648 slots"):
-        transpose(Codes(indices, indices, counts), 13)
+        transpose(Codes(indices, indices.float(), counts), 13)

@@ -1,0 +1,289 @@
+"""Compile every kernel as it would run on a GPU that is not there: `python -m tests.kernels.compiled [--write]`.
+
+Each launcher runs at a few realistic shapes on "meta" tensors, which have no data: reading a value of one raises, so a
+launcher that waited for the device would show here too. What it would have launched is compiled for each GPU with the
+types and divisibilities that Triton's JIT would have seen, and the cubin is read with the wheel's own cuobjdump.
+Prints JSON; --write puts it into kernels/registers.json, which test_compiled.py holds the code to.
+TRITON_INTERPRET must be unset, so it is a process of its own.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastsae_kernels import _launch, dense_loss, transpose
+from fastsae_kernels._launch import Capability, use_backend
+from fastsae_kernels._rows import rows_triton
+from fastsae_kernels.codes import Codes
+from fastsae_kernels.decode import _decode_triton, _g_values_triton
+from fastsae_kernels.decode_loss import _decode_loss_triton
+from fastsae_kernels.encode import _encode_triton
+from fastsae_kernels.select_batchtopk import _select_batchtopk_triton
+from fastsae_kernels.select_threshold import _select_threshold_triton
+from fastsae_kernels.select_topk import _select_topk_triton
+
+TABLE = Path(__file__).parents[2] / "kernels" / "registers.json"
+GPUS: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
+N_WORKERS = 2
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+class Shape(NamedTuple):
+    batch: int
+    d: int
+    n: int
+    k: int
+    dtype: torch.dtype
+
+
+SHAPES = {
+    "d768": Shape(8192, 768, 24576, 32, torch.bfloat16),
+    "d2304": Shape(4096, 2304, 65536, 64, torch.bfloat16),
+    "d4096": Shape(4096, 4096, 131072, 64, torch.bfloat16),
+    "d768 fp32": Shape(8192, 768, 24576, 32, torch.float32),
+    "d769": Shape(1021, 769, 24571, 31, torch.bfloat16),  # nothing is divisible by anything
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int32)
+
+
+def codes(s: Shape, n_tail: int = 0) -> Codes:
+    rows = s.batch + n_tail
+    starts = integers(s.batch + 1) if n_tail else None
+    return Codes(integers(rows, s.k), empty(rows, s.k, dtype=s.dtype), integers(s.batch), starts)
+
+
+def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What runs at one shape: on Ampere and Ada's smaller chips, and beside the main shape, no second options."""
+    of = functools.partial(empty, dtype=s.dtype)
+    all_options = s == SHAPES["d768"] and gpu in ((8, 0), (9, 0))
+    x, W_dec, b_dec, pre = of(s.batch, s.d), of(s.n, s.d), empty(s.d), of(s.batch, s.n)
+    group_max, scalar, norms = of(s.batch, -(-s.n // 32)), empty(), empty(s.n)
+
+    def encode(variant: str) -> Callable[[], Any]:
+        return lambda: _encode_triton(x, W_dec.T, empty(s.n), False, s.dtype, variant)
+
+    def update_rows(**options: Any) -> None:
+        states = {name: empty(s.n, s.d) for name in ("W", "m", "v")}
+        bias = {name: empty(s.n) for name in ("bias", "bias_m", "bias_v")} if options.pop("bias") else {}
+        adam = {"scalars": empty(6), "betas": (0.9, 0.999), "eps": 1e-8, "shadow": of(s.n, s.d)}
+        rows_triton(csc, empty(s.batch, s.k), x, **states, **adam, **bias, **options)
+
+    slots = s.batch * s.k
+    csc = transpose.Transposed(
+        integers(s.n + 1), integers(slots), integers(slots), integers(s.n + 1), integers(slots // 64), 64
+    )
+    yield "fused", encode("fused")
+    yield "library", encode("library")
+    yield "relu", lambda: _select_threshold_triton(pre, group_max, None, 0.0, s.k, 64)
+    yield "topk", lambda: _select_topk_triton(pre, group_max, s.k, True)
+    yield "batchtopk", lambda: _select_batchtopk_triton(pre, group_max, s.k, s.k, 64)
+    yield "decode", lambda: _decode_triton(codes(s), W_dec, b_dec)
+    yield "g_values", lambda: _g_values_triton(codes(s), W_dec, x)
+    yield (
+        "decode_loss",
+        lambda: _decode_loss_triton(codes(s), W_dec, b_dec, x, scalar, norms, s.dtype, False),
+    )
+    yield "dense_loss", lambda: dense_loss._dense_loss_triton(x, b_dec, x, s.dtype)
+    yield "dense_codes_grad", lambda: dense_loss._dense_codes_grad_triton(pre, pre, scalar, norms)
+    yield "transpose", lambda: transpose._transpose_triton(codes(s), s.n)
+    yield (
+        "grad_rows",
+        lambda: rows_triton(csc, empty(s.batch, s.k), x, g_W=empty(s.n, s.d), g_b=norms),
+    )
+    yield "W_dec", lambda: update_rows(project=True, renormalise=True, bias=False)
+    if not all_options:
+        return
+    yield "W_enc", lambda: update_rows(bias=True)
+    yield "free W_dec", lambda: update_rows(l1_rows=True, bias=False)
+    yield "relu stored", lambda: _encode_triton(x, W_dec.T, empty(s.n), True, s.dtype, "fused")
+    yield "jumprelu", lambda: _select_threshold_triton(pre, group_max, norms, 0.1, s.k, 64)
+    yield "signed topk", lambda: _select_topk_triton(pre, group_max, s.k, False)
+    yield "tail", lambda: _decode_triton(codes(s, 64), W_dec, b_dec)
+    yield "g_values, tail", lambda: _g_values_triton(codes(s, 64), W_dec, x)
+    yield (
+        "decode_loss, tail",
+        lambda: _decode_loss_triton(codes(s, 64), W_dec, b_dec, x, scalar, norms, s.dtype, True),
+    )
+    wide = s._replace(k=128)
+    yield (
+        "decode_loss, k=128",
+        lambda: _decode_loss_triton(codes(wide), W_dec, b_dec, x, scalar, norms, s.dtype, False),
+    )
+    yield "transpose, tail", lambda: transpose._transpose_triton(codes(s, 64), s.n)
+
+
+class Build(NamedTuple):
+    """One compilation; all of it can be pickled and compared."""
+
+    kernel: tuple[str, str]
+    gpu: Capability
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def build_of(kernel: Any, gpu: Capability, arguments: dict[str, Any], options: dict[str, int]) -> Build:
+    """As the JIT would specialise this launch: None, 1 and constexprs are constants, multiples of 16 are known as such."""
+    signature, constants, divisible = {}, {}, []
+    for i, parameter in enumerate(kernel.params):
+        name, a = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or a is None or (isinstance(a, int) and not isinstance(a, bool) and a == 1):
+            signature[name], constants[name] = "constexpr", a
+        elif isinstance(a, Tensor):
+            signature[name] = POINTERS[a.dtype]
+            if a.storage_offset() * a.element_size() % 16 == 0:
+                divisible.append(i)
+        elif isinstance(a, float):
+            signature[name] = "fp32"
+        else:
+            assert type(a) is int, f"{name} is {a!r}"
+            signature[name] = "i32" if -(2**31) <= a < 2**31 else "i64"
+            if a % 16 == 0:
+                divisible.append(i)
+    extra = arguments.keys() - signature.keys()
+    assert not extra, f"{kernel} has no parameter {extra}"
+    where = (kernel.fn.__module__, kernel.fn.__name__)
+    return Build(
+        where,
+        gpu,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(divisible),
+        tuple(options.items()),
+    )
+
+
+def builds(gpus: tuple[Capability, ...] = GPUS) -> dict[Build, str]:
+    """Every distinct compilation, with its name in the table."""
+    named: dict[Build, str] = {}
+
+    def record(call: str, gpu: Capability, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
+        variants = [arguments]
+        if kernel.fn.__name__ == "_encode_kernel" and arguments["x_ptr"].dtype == torch.float32:
+            variants.append(arguments | {"PRECISION": "tf32"})
+        for each in variants:
+            build = build_of(kernel, gpu, each, options)
+            if build not in named:
+                precision = ", tf32" if each.get("PRECISION") == "tf32" else ""
+                name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}, sm_{gpu[0]}{gpu[1]}, {call}{precision}"
+                n = sum(other.split(" #")[0] == name for other in named.values())
+                named[build] = f"{name} #{n + 1}" if n else name
+
+    for gpu in gpus:
+        for label, shape in SHAPES.items():
+            for call, run in calls(shape, gpu):
+                name = f"{label}, {call}"
+                with use_backend("triton", capability=gpu, recorder=functools.partial(record, name, gpu)):
+                    run()
+    return named
+
+
+def measure(build: Build) -> dict[str, Any]:
+    """Compile one kernel; what its cubin needs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = build.kernel
+    kernel = getattr(importlib.import_module(module), name)
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(build.signature),
+        constexprs=dict(build.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in build.divisible},
+    )
+    target = GPUTarget("cuda", build.gpu[0] * 10 + build.gpu[1], 32)
+    compiled = triton.compile(source, target=target, options=dict(build.options))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
+        assert found, usage.stdout + usage.stderr
+        row = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+        row["shared"] = compiled.metadata.shared
+        row["warps"] = compiled.metadata.num_warps
+        if name == "_encode_kernel":
+            sass = subprocess.run([tool, "-sass", cubin.name], capture_output=True, text=True, check=True)
+            row["hgmma"] = len(re.findall(r"\bHGMMA", sass.stdout))
+    return row
+
+
+def _measure(build: Build) -> dict[str, Any]:
+    try:
+        return measure(build)
+    except Exception as error:  # a kernel that does not compile is a row of the table, which the test reads
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def table() -> dict[str, Any]:
+    named = builds()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        # the workers inherit it: a cubin of an earlier run would hide a kernel that no longer compiles
+        _environment(TRITON_CACHE_DIR=cache),
+        multiprocessing.get_context("spawn").Pool(N_WORKERS) as pool,
+    ):
+        rows = pool.map(_measure, named, chunksize=1)
+    kernels = dict(sorted(zip(named.values(), rows, strict=True)))
+    return {"triton": triton.__version__, "kernels": kernels}
+
+
+class _environment:
+    def __init__(self, **variables: str) -> None:
+        self.variables = variables
+
+    def __enter__(self) -> None:
+        os.environ.update(self.variables)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.variables:
+            del os.environ[name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} in place of printing")
+    write = parser.parse_args().write
+    if _launch.INTERPRET:
+        sys.exit("TRITON_INTERPRET is set: unset it, since interpreted kernels have no code")
+    found = table()
+    lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found["kernels"].items())
+    text = f'{{"triton": "{found["triton"]}", "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
+    if write:
+        TABLE.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""encode_codes against dense autograd with the same latents selected: values and every gradient."""
+
+import pytest
+import torch
+
+from fastsae_kernels import encode_codes as module
+from fastsae_kernels._launch import use_backend
+from fastsae_kernels.codes import to_dense
+from fastsae_kernels.decode import decode
+from fastsae_kernels.encode_codes import encode_codes, encode_codes_ref
+from fastsae_kernels.testing import assert_as_accurate, error, run
+
+BACKENDS = [("torch", d) for d in (torch.float32, torch.bfloat16)]
+BACKENDS += [("triton", d) for d in (torch.float32, torch.float16)]
+SIZES = [(1, 1, 1), (7, 5, 33), (33, 17, 97)]
+
+
+def make(batch, d_in, d_sae, dtype, device):
+    gen = torch.Generator().manual_seed(0)
+    shapes = [(batch, d_in), (d_sae, d_in), (d_sae,), (d_in,)]
+    x, W, b_enc, b_dec = (torch.randn(s, generator=gen).to(device, dtype) for s in shapes)
+    return x, W.T, b_enc, b_dec
+
+
+def options(kind, d_sae, device):
+    if kind == "topk":
+        return {"k": min(5, d_sae)}
+    if kind == "relu":
+        return {"width": 3}  # most rows have a tail
+    return {"width": 3, "threshold": torch.linspace(-0.5, 1.5, d_sae, device=device)}
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
+@pytest.mark.parametrize("batch, d_in, d_sae", SIZES)
+def test_values_and_gradients(batch, d_in, d_sae, backend, dtype, kind, device, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", 4)  # several chunks
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    inputs, how = make(batch, d_in, d_sae, dtype, device), options(kind, d_sae, device)
+    with use_backend(backend):
+        codes = encode_codes(*inputs, **how)
+        selected = (
+            to_dense(codes, d_sae) != 0
+        )  # an integer output: taken from the op, as its own pre_acts are
+        assert (codes.counts == selected.sum(1)).all()
+        assert_as_accurate(
+            lambda *a: to_dense(encode_codes(*a, **how), d_sae),
+            lambda *a: encode_codes_ref(*a, selected),
+            inputs,
+        )
+
+
+def test_fp64_is_fp64(device):
+    inputs = make(33, 17, 97, torch.float64, device)
+    selected = to_dense(encode_codes(*inputs, k=5), 97) != 0
+    got = run(lambda *a: to_dense(encode_codes(*a, k=5), 97), inputs)
+    truth = run(lambda *a: encode_codes_ref(*a, selected), inputs)
+    assert all(error(got[name], t) < 1e-14 for name, t in truth.items()) and got.keys() == truth.keys()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_whole_sae_by_autograd(backend, device):
+    """decode(encode_codes(x)) against the dense form, through both ops and their backward passes."""
+    x, W_enc, b_enc, b_dec = make(9, 7, 40, torch.float32, device)
+    W_dec = torch.randn(40, 7, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def op(x, W_enc, b_enc, b_dec, W_dec):
+        return decode(encode_codes(x, W_enc, b_enc, b_dec, k=6), W_dec, b_dec)
+
+    selected = to_dense(encode_codes(x, W_enc, b_enc, b_dec, k=6), 40) != 0
+
+    def ref(x, W_enc, b_enc, b_dec, W_dec):
+        return encode_codes_ref(x, W_enc, b_enc, b_dec, selected) @ W_dec + b_dec
+
+    with use_backend(backend):
+        assert_as_accurate(op, ref, (x, W_enc, b_enc, b_dec, W_dec))
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_empty_batch(kind, device):
+    codes = encode_codes(*make(0, 5, 33, torch.float32, device), **options(kind, 33, device))
+    assert codes.counts.shape == (0,) and len(codes.indices) == 0
+
+
+def test_compiles_whole(device):
+    inputs = make(7, 5, 33, torch.float32, device)
+    compiled = torch.compile(lambda *a: encode_codes(*a, k=4), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs).values, encode_codes(*inputs, k=4).values)
+
+
+def test_errors_name_what_is_wrong(device):
+    x, W_enc, b_enc, b_dec = make(7, 5, 33, torch.float32, device)
+    with pytest.raises(ValueError, match=r"k is 34, .* d_sae, 33"):
+        encode_codes(x, W_enc, b_enc, b_dec, k=34)
+    with pytest.raises(ValueError, match=r"k is 3 and threshold is given"):
+        encode_codes(x, W_enc, b_enc, b_dec, k=3, threshold=b_enc)
+    with pytest.raises(ValueError, match=r"x is \[7, 4\], but must be \[any, 5\]"):
+        encode_codes(x[:, 1:], W_enc, b_enc)

@@ -13,7 +13,9 @@ from torch import Tensor
 from fastsae_kernels._launch import jit, launch, next_power_of_2, tl
 from fastsae_kernels.transpose import Transposed
 
-MAX_D = 16384  # a row must fit the registers of one program; above 8192 the update spills some bytes a thread
+MAX_D = (
+    16384  # a row must fit the registers of one program; above 8192 the update spills up to 80 bytes a thread
+)
 
 
 @jit
@@ -185,10 +187,14 @@ def _rows_kernel(
 
 
 def _config(d: int) -> tuple[dict[str, int], int]:
-    """Blocks and number of warps for rows of d: 8 or 16 elements a thread."""
+    """Blocks and number of warps for rows of d: 8 or 16 elements a thread.
+
+    Entries are taken 8 or 4 at a time; fewer where loads go by element, one by one where a row alone fills the registers.
+    """
     block_d = next_power_of_2(d)
     num_warps = 4 if block_d <= 1024 else 8 if block_d <= 4096 else block_d // 512
-    return {"BLOCK_D": block_d, "UNROLL": 8 if block_d <= 1024 else 4}, num_warps
+    unroll = 1 if block_d > 8192 else 8 if block_d <= 1024 and d % 8 == 0 else 4
+    return {"BLOCK_D": block_d, "UNROLL": unroll}, num_warps
 
 
 def _partials(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,8 @@ def decode_ref(acts: Tensor | Codes, W_dec: Tensor, b_dec: Tensor | None = None)
 def tile(width: int, d: int) -> dict[str, int]:
     """Blocks for a tile of W_dec's rows: half a warp's worth of entries before wide chunks, TILE elements in all."""
     block_k = min(next_power_of_2(width), 32)
-    return {"BLOCK_K": block_k, "BLOCK_D": min(next_power_of_2(d), 512, TILE // block_k)}
+    size = TILE if d % 8 == 0 else TILE // 2  # loads by element take more registers than vectors
+    return {"BLOCK_K": block_k, "BLOCK_D": min(next_power_of_2(d), 512, size // block_k)}
 
 
 def _decode_triton(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:

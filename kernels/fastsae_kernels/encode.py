@@ -150,10 +150,14 @@ class _Tile:
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
 
 
-def _tile(gpu: Capability, itemsize: int) -> _Tile:
+def _tile(gpu: Capability, itemsize: int, d_in: int) -> _Tile:
     """By capability and operand width: the largest tile whose stages fit into shared memory without spills."""
     if INTERPRET:
-        return _Tile(32, 64, 32, 4, 1)
+        return _Tile(16, 64, 16, 4, 1)
+    if (
+        d_in % 16
+    ):  # rows are not aligned: loads go element by element through registers, which the large tiles lack
+        return _Tile(128, 128, 32, 8, 2) if itemsize == 2 else _Tile(128, 64, 32, 8, 2)
     if gpu[0] == 9:
         return _Tile(128, 256, 64, 8, 3) if itemsize == 2 else _Tile(128, 128, 32, 8, 4)
     if gpu == (8, 0):
@@ -182,7 +186,7 @@ def _encode_triton(
             BLOCK_G=64,
         )
         return pre_acts, group_max
-    tile = _tile(capability(x.device), x.element_size())
+    tile = _tile(capability(x.device), x.element_size(), d_in)
     pre_acts = x.new_empty(batch, d_sae, dtype=out_dtype)
     launch(
         _encode_kernel,

@@ -33,8 +33,16 @@ def encode_codes_ref(
     return acts
 
 
-def _joined(parts: list[Codes], width: int) -> Outputs:
-    """One batch's codes from those of its chunks."""
+def _joined(parts: list[Codes], width: int | None) -> Outputs:
+    """One batch's codes from those of its chunks; without a width the widest chunk sets it."""
+    if width is None:
+        width = max(p.indices.shape[1] for p in parts)
+        grow = [(0, width - p.indices.shape[1]) for p in parts]
+        pad = torch.nn.functional.pad
+        parts = [
+            p._replace(indices=pad(p.indices, by), values=pad(p.values, by))
+            for p, by in zip(parts, grow, strict=True)
+        ]
     counts = torch.cat([p.counts for p in parts])
     heads = [len(p.counts) for p in parts]
     indices, values = (
@@ -56,7 +64,7 @@ def _encode_codes(
     b_dec: Tensor | None,
     k: int | None,
     threshold: Tensor | None,
-    width: int,
+    width: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_bytes = W_enc.shape[1] * W_enc.element_size()
     step = max(CHUNK_BYTES.get(x.device.type, 2**28) // row_bytes, LEAST_ROWS)
@@ -66,7 +74,10 @@ def _encode_codes(
         if k is not None:
             parts.append(select_topk(pre_acts, k, group_max))
         else:
-            parts.append(select_threshold(pre_acts, group_max, width=width, n_tail=None, threshold=threshold))
+            n_tail = 0 if width is None else None
+            parts.append(
+                select_threshold(pre_acts, group_max, width=width, n_tail=n_tail, threshold=threshold)
+            )
     return _joined(parts, width)
 
 
@@ -78,7 +89,7 @@ def _(
     b_dec: Tensor | None,
     k: int | None,
     threshold: Tensor | None,
-    width: int,
+    width: int | None,
 ) -> Outputs:
     like = W_enc.new_empty(x.shape[0], 1)
     return fake_codes(like, width, None) if k is None else fake_codes(like, k, 0)
@@ -115,7 +126,7 @@ def encode_codes(
     *,
     k: int | None = None,
     threshold: Tensor | None = None,
-    width: int = 64,
+    width: int | None = 64,
 ) -> Codes:
     """Codes of x: TopK where k is given, else JumpReLU where threshold is, else ReLU. Differentiable, sparsely.
 
@@ -125,7 +136,7 @@ def encode_codes(
         k: latents per row; only positive ones are taken.
         threshold: [d_sae], active iff pre_acts > threshold. Gets no gradient here.
         width: slots per row where k is not given; rows with more active latents continue in the tail, whose size is
-            taken from the device. TopK does not wait.
+            taken from the device. None: as many as the fullest row has, and no tail. TopK does not wait.
     Returns:
         Codes, values in W_enc's dtype; their gradient reaches x, W_enc (dense and latent-major), b_enc and b_dec.
     Raises:
@@ -139,4 +150,4 @@ def encode_codes(
         raise ValueError(f"k is {k}, but must be at least 1 and at most d_sae, {W_enc.shape[1]}")
     threshold = None if threshold is None else threshold.detach()
     indices, values, counts, starts = _encode_codes(x, W_enc, b_enc, b_dec, k, threshold, width)
-    return Codes(indices, values, counts, starts if k is None else None)
+    return Codes(indices, values, counts, starts if k is None and width is not None else None)

@@ -60,7 +60,7 @@ def _kth(
     kth = 0
     if SIGNED:
         kth = tl.where(_count(keys_ptr, n, 0, BLOCK) >= k, 0, LOWEST)
-    for bit in tl.static_range(31 - CLEAR):
+    for bit in range(31 - CLEAR):  # not unrolled: 31 copies of the loop below spill
         higher = kth + (1 << (30 - bit))
         kth = tl.where(_count(keys_ptr, n, higher, BLOCK) >= k, higher, kth)
     return kth

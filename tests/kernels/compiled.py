@@ -24,20 +24,21 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
-from fastsae_kernels import _launch, dense_loss, transpose
-from fastsae_kernels._launch import Capability, use_backend
+from fastsae_kernels._launch import INTERPRET, Capability, use_backend
 from fastsae_kernels._rows import rows_triton
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import _decode_triton, _g_values_triton
 from fastsae_kernels.decode_loss import _decode_loss_triton
+from fastsae_kernels.dense_loss import _dense_codes_grad_triton, _dense_loss_triton
 from fastsae_kernels.encode import _encode_triton
 from fastsae_kernels.select_batchtopk import _select_batchtopk_triton
 from fastsae_kernels.select_threshold import _select_threshold_triton
 from fastsae_kernels.select_topk import _select_topk_triton
+from fastsae_kernels.transpose import Transposed, _transpose_triton
 
 TABLE = Path(__file__).parents[2] / "kernels" / "registers.json"
-GPUS: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
 N_WORKERS = 2
 POINTERS = {
     torch.float32: "*fp32",
@@ -59,10 +60,22 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "d768": Shape(8192, 768, 24576, 32, torch.bfloat16),
-    "d2304": Shape(4096, 2304, 65536, 64, torch.bfloat16),
-    "d4096": Shape(4096, 4096, 131072, 64, torch.bfloat16),
     "d768 fp32": Shape(8192, 768, 24576, 32, torch.float32),
     "d769": Shape(1021, 769, 24571, 31, torch.bfloat16),  # nothing is divisible by anything
+    "d769 fp32": Shape(1021, 769, 24571, 31, torch.float32),
+    "d784": Shape(
+        1024, 784, 24576, 32, torch.bfloat16
+    ),  # aligned rows, but no whole number of the product's tiles
+    "d2304": Shape(4096, 2304, 65536, 64, torch.bfloat16),
+    "d4096": Shape(4096, 4096, 131072, 64, torch.bfloat16),
+    "d16384": Shape(4096, 16384, 65536, 64, torch.bfloat16),
+}
+# 8.6 and 8.9, the 3090 and the 4090, have the same configs, so the second is compiled at the first four shapes only.
+GPUS: dict[Capability, tuple[str, ...]] = {
+    (8, 0): tuple(SHAPES),
+    (8, 6): tuple(SHAPES),
+    (8, 9): tuple(SHAPES)[:4],
+    (9, 0): tuple(SHAPES),
 }
 
 
@@ -97,7 +110,7 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
         rows_triton(csc, empty(s.batch, s.k), x, **states, **adam, **bias, **options)
 
     slots = s.batch * s.k
-    csc = transpose.Transposed(
+    csc = Transposed(
         integers(s.n + 1), integers(slots), integers(slots), integers(s.n + 1), integers(slots // 64), 64
     )
     yield "fused", encode("fused")
@@ -111,9 +124,9 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
         "decode_loss",
         lambda: _decode_loss_triton(codes(s), W_dec, b_dec, x, scalar, norms, s.dtype, False),
     )
-    yield "dense_loss", lambda: dense_loss._dense_loss_triton(x, b_dec, x, s.dtype)
-    yield "dense_codes_grad", lambda: dense_loss._dense_codes_grad_triton(pre, pre, scalar, norms)
-    yield "transpose", lambda: transpose._transpose_triton(codes(s), s.n)
+    yield "dense_loss", lambda: _dense_loss_triton(x, b_dec, x, s.dtype)
+    yield "dense_codes_grad", lambda: _dense_codes_grad_triton(pre, pre, scalar, norms)
+    yield "transpose", lambda: _transpose_triton(codes(s), s.n)
     yield (
         "grad_rows",
         lambda: rows_triton(csc, empty(s.batch, s.k), x, g_W=empty(s.n, s.d), g_b=norms),
@@ -137,7 +150,7 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
         "decode_loss, k=128",
         lambda: _decode_loss_triton(codes(wide), W_dec, b_dec, x, scalar, norms, s.dtype, False),
     )
-    yield "transpose, tail", lambda: transpose._transpose_triton(codes(s, 64), s.n)
+    yield "transpose, tail", lambda: _transpose_triton(codes(s, 64), s.n)
 
 
 class Build(NamedTuple):
@@ -182,7 +195,7 @@ def build_of(kernel: Any, gpu: Capability, arguments: dict[str, Any], options: d
     )
 
 
-def builds(gpus: tuple[Capability, ...] = GPUS) -> dict[Build, str]:
+def builds() -> dict[Build, str]:
     """Every distinct compilation, with its name in the table."""
     named: dict[Build, str] = {}
 
@@ -198,9 +211,9 @@ def builds(gpus: tuple[Capability, ...] = GPUS) -> dict[Build, str]:
                 n = sum(other.split(" #")[0] == name for other in named.values())
                 named[build] = f"{name} #{n + 1}" if n else name
 
-    for gpu in gpus:
-        for label, shape in SHAPES.items():
-            for call, run in calls(shape, gpu):
+    for gpu, labels in GPUS.items():
+        for label in labels:
+            for call, run in calls(SHAPES[label], gpu):
                 name = f"{label}, {call}"
                 with use_backend("triton", capability=gpu, recorder=functools.partial(record, name, gpu)):
                     run()
@@ -239,9 +252,10 @@ def measure(build: Build) -> dict[str, Any]:
 
 
 def _measure(build: Build) -> dict[str, Any]:
+    """A kernel that does not compile is a row of the table, which the test reads."""
     try:
         return measure(build)
-    except Exception as error:  # a kernel that does not compile is a row of the table, which the test reads
+    except (TritonError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 
@@ -274,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} in place of printing")
     write = parser.parse_args().write
-    if _launch.INTERPRET:
+    if INTERPRET:
         sys.exit("TRITON_INTERPRET is set: unset it, since interpreted kernels have no code")
     found = table()
     lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found["kernels"].items())

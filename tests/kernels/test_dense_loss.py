@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 
@@ -94,7 +96,7 @@ def test_inputs_are_left_alone(name):
 
 
 def test_chunks_of_rows(monkeypatch):
-    monkeypatch.setattr("fastsae_kernels.dense_loss.CHUNK", 30)
+    monkeypatch.setattr(importlib.import_module("fastsae_kernels.dense_loss"), "CHUNK", 30)
     assert_as_accurate(
         dense_codes_grad, dense_codes_grad_ref, [randn(7, 13), randn(7, 13, seed=1).relu()], grads=False
     )

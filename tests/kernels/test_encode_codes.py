@@ -1,15 +1,17 @@
 """encode_codes against dense autograd with the same latents selected: values and every gradient."""
 
+import importlib
+
 import pytest
 import torch
 
-from fastsae_kernels import encode_codes as module
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import to_dense
 from fastsae_kernels.decode import decode
 from fastsae_kernels.encode_codes import encode_codes, encode_codes_ref
 from fastsae_kernels.testing import assert_as_accurate, error, run
 
+MODULE = importlib.import_module("fastsae_kernels.encode_codes")
 BACKENDS = [("torch", d) for d in (torch.float32, torch.bfloat16)]
 BACKENDS += [("triton", d) for d in (torch.float32, torch.float16)]
 SIZES = [(1, 1, 1), (7, 5, 33), (33, 17, 97)]
@@ -27,15 +29,17 @@ def options(kind, d_sae, device):
         return {"k": min(5, d_sae)}
     if kind == "relu":
         return {"width": 3}  # most rows have a tail
+    if kind == "ragged relu":
+        return {"width": None}
     return {"width": 3, "threshold": torch.linspace(-0.5, 1.5, d_sae, device=device)}
 
 
-@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("kind", ["relu", "ragged relu", "jumprelu", "topk"])
 @pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
 @pytest.mark.parametrize("batch, d_in, d_sae", SIZES)
 def test_values_and_gradients(batch, d_in, d_sae, backend, dtype, kind, device, monkeypatch):
-    monkeypatch.setattr(module, "LEAST_ROWS", 4)  # several chunks
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(MODULE, "LEAST_ROWS", 16)  # several chunks
+    monkeypatch.setattr(MODULE, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
     inputs, how = make(batch, d_in, d_sae, dtype, device), options(kind, d_sae, device)
     with use_backend(backend):
         codes = encode_codes(*inputs, **how)
@@ -76,7 +80,7 @@ def test_a_whole_sae_by_autograd(backend, device):
         assert_as_accurate(op, ref, (x, W_enc, b_enc, b_dec, W_dec))
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind", ["relu", "ragged relu", "topk"])
 def test_empty_batch(kind, device):
     codes = encode_codes(*make(0, 5, 33, torch.float32, device), **options(kind, 33, device))
     assert codes.counts.shape == (0,) and len(codes.indices) == 0

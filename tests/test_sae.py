@@ -50,7 +50,7 @@ def test_codes_decode_as_dense(activation):
     codes, acts = sae.encode_sparse(x), sae.encode(x)
     assert isinstance(codes, Codes)
     assert torch.equal(codes.counts, (acts > 0).sum(-1))
-    assert torch.equal(to_dense(codes, 40), acts)
+    torch.testing.assert_close(to_dense(codes, 40), acts)
     torch.testing.assert_close(sae.decode(codes), sae.decode(acts))
 
 
@@ -62,10 +62,77 @@ def test_codes_of_no_rows_and_too_narrow():
         to_codes(torch.ones(1, 3), 2)
 
 
-def test_forward_is_differentiable():
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("lead", [(), (1,), (0,), (2, 0, 3), (2, 1, 3)], ids=str)
+def test_any_leading_shape(activation, lead):
+    sae, _ = trained(activation)
+    x = torch.randn(*lead, 12, generator=torch.Generator().manual_seed(0))
+    codes = sae.encode_sparse(x)
+    assert codes.counts.shape == lead and codes.indices.shape == codes.values.shape == (
+        *lead,
+        codes.indices.shape[-1],
+    )
+    assert sae.decode(codes).shape == sae(x).shape == x.shape
+    torch.testing.assert_close(sae.decode(codes), sae.decode(sae.encode(x)))
+
+
+def test_layouts_of_the_input_do_not_matter():
     sae, x = trained("topk")
-    sae(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sae.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(sae(x.transpose(0, 1)), sae(x).transpose(0, 1))
+        codes = sae.encode_sparse(x)
+        turned = Codes(*(t.transpose(0, 1) for t in codes))
+        assert torch.equal(sae.decode(turned), sae.decode(codes).transpose(0, 1))
+        y = sae(x)
+        sae.W_enc = torch.nn.Parameter(sae.W_enc.contiguous())
+        assert torch.equal(sae(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "fields", [{}, {"d_out": 9, "apply_b_dec_to_input": False}], ids=["sae", "transcoder"]
+)
+def test_gradients_through_codes_are_those_of_the_dense_form(dtype, fields, monkeypatch):
+    monkeypatch.setattr("fastsae.sae.SPARSE_SHARE", 1)
+    sae, x = trained("topk", **fields)
+    sae, x = sae.to(dtype), x.to(dtype).requires_grad_()
+    inputs = [x, *sae.parameters()]
+
+    def gradients(x_hat):
+        return torch.autograd.grad((x_hat - 1).square().sum(), inputs)
+
+    sparse, dense = gradients(sae(x)), gradients(sae.decode(sae.encode(x)))
+    assert all(g.abs().sum() > 0 for g in dense)
+    torch.testing.assert_close(sparse, dense)
+
+
+def test_forward_takes_codes_where_k_is_small(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        SAE, "encode_sparse", lambda self, x: taken.append(self.cfg.k) or to_codes(self.encode(x))
+    )
+    for k in (1, 2):
+        SAE(SAEConfig(4, 64, activation="topk", k=k))(torch.randn(3, 4))
+    SAE(SAEConfig(4, 64))(torch.randn(3, 4))
+    assert taken == [1]
+
+
+def test_autocast_reaches_the_sparse_ops():
+    sae, x = trained("topk")
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = sae.encode_sparse(x)
+        x_hat = sae.decode(codes)
+    assert codes.values.dtype == x_hat.dtype == torch.bfloat16
+    x_hat.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sae.parameters())
+    same_codes = codes._replace(values=codes.values.float())  # other latents may win in bf16
+    torch.testing.assert_close(x_hat.float(), sae.decode(same_codes), rtol=0.02, atol=0.02)
+
+
+def test_codes_compile_whole():
+    sae, x = trained("topk")
+    compiled = torch.compile(lambda x: sae.decode(sae.encode_sparse(x)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), sae.decode(sae.encode_sparse(x)))
 
 
 def test_initial_x_hat_has_about_the_norm_of_x():

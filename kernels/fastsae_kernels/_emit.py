@@ -23,7 +23,7 @@ from fastsae_kernels._launch import (
     tl,
 )
 from fastsae_kernels.codes import Codes, rows, tail_starts
-from fastsae_kernels.encode import GROUP, _group_max_kernel, group_max_torch
+from fastsae_kernels.encode import GROUP, group_max_torch, group_max_triton
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of Codes; tail_starts is empty where there is no tail
 Size = int | torch.SymInt
@@ -160,15 +160,8 @@ def _emit_kernel(
 
 
 def group_max_of(pre_acts: Tensor) -> Tensor:
-    """Group maxima for a caller that has none; one read of pre_acts."""
-    if backend(pre_acts) == "torch":
-        return group_max_torch(pre_acts)
-    (batch, d_sae), n_groups = pre_acts.shape, cdiv(pre_acts.shape[1], GROUP)
-    group_max = pre_acts.new_empty(batch, n_groups)
-    block = 4 if INTERPRET else 64  # interpreted reductions take time per element
-    grid, sizes = (batch, cdiv(n_groups, block)), {"d_sae": d_sae, "n_groups": n_groups, "GROUP": GROUP}
-    launch(_group_max_kernel, grid, pre_ptr=pre_acts, gmax_ptr=group_max, BLOCK_G=block, **sizes)
-    return group_max
+    """Group maxima for a caller that has none."""
+    return group_max_torch(pre_acts) if backend(pre_acts) == "torch" else group_max_triton(pre_acts)
 
 
 def row_programs(pre_acts: Tensor) -> tuple[int, int, int]:

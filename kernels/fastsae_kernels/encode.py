@@ -142,6 +142,25 @@ def group_max_torch(pre_acts: Tensor) -> Tensor:
     return group_max
 
 
+def group_max_triton(pre_acts: Tensor) -> Tensor:
+    """One read of pre_acts."""
+    batch, d_sae = pre_acts.shape
+    n_groups = cdiv(d_sae, GROUP)
+    group_max = pre_acts.new_empty(batch, n_groups)
+    block = 4 if INTERPRET else 64  # interpreted reductions take time per element
+    launch(
+        _group_max_kernel,
+        (batch, cdiv(n_groups, block)),
+        pre_ptr=pre_acts,
+        gmax_ptr=group_max,
+        d_sae=d_sae,
+        n_groups=n_groups,
+        GROUP=GROUP,
+        BLOCK_G=block,
+    )
+    return group_max
+
+
 class _Tile:
     """Block sizes of the product: [batch, d_sae, d_in], warps and stages."""
 
@@ -169,25 +188,15 @@ def _encode_triton(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool, out_dtype: torch.dtype, variant: str
 ) -> tuple[Tensor, Tensor]:
     (batch, d_in), d_sae = x.shape, W_enc.shape[1]
-    n_groups = cdiv(d_sae, GROUP)
-    group_max = x.new_empty(batch, n_groups, dtype=out_dtype)
     if variant == "library" and out_dtype == x.dtype:
         pre_acts = torch.addmm(b_enc.to(x.dtype), x, W_enc)
         if relu:
             pre_acts.relu_()
-        launch(
-            _group_max_kernel,
-            (batch, cdiv(n_groups, 64)),
-            pre_ptr=pre_acts,
-            gmax_ptr=group_max,
-            d_sae=d_sae,
-            n_groups=n_groups,
-            GROUP=GROUP,
-            BLOCK_G=64,
-        )
-        return pre_acts, group_max
+        return pre_acts, group_max_triton(pre_acts)
     tile = _tile(capability(x.device), x.element_size(), d_in)
+    n_groups = cdiv(d_sae, GROUP)
     pre_acts = x.new_empty(batch, d_sae, dtype=out_dtype)
+    group_max = x.new_empty(batch, n_groups, dtype=out_dtype)
     launch(
         _encode_kernel,
         (cdiv(batch, tile.blocks["BLOCK_B"]) * cdiv(d_sae, tile.blocks["BLOCK_N"]),),

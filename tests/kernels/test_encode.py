@@ -6,10 +6,11 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.encode import GROUP, encode, encode_ref, group_max_ref
 from fastsae_kernels.testing import assert_as_accurate, assert_close, error
+from tests.kernels.forms import TRITON_DTYPES
 
 SIZES = [(1, 1, 1), (3, 7, 33), (33, 65, 97), (32, 64, 128), (5, 96, 31), (70, 13, 257)]
-BACKENDS = [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16)]
-BACKENDS += [("triton", torch.float32), ("triton", torch.float16)]
+FORMS = [("torch", dtype, "auto") for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+FORMS += [("triton", dtype, variant) for dtype in TRITON_DTYPES for variant in ("fused", "library")]
 
 
 def make(batch: int, d_in: int, d_sae: int, dtype: torch.dtype, device: torch.device):
@@ -21,14 +22,10 @@ def make(batch: int, d_in: int, d_sae: int, dtype: torch.dtype, device: torch.de
     return x.to(dtype), W.to(dtype).T, b_enc.to(dtype), b_dec.to(dtype)
 
 
-@pytest.mark.parametrize("variant", ["fused", "library"])
-@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
+@pytest.mark.parametrize("backend, dtype, variant", FORMS, ids=str)
 @pytest.mark.parametrize("batch, d_in, d_sae", SIZES)
 @pytest.mark.parametrize("relu", [False, True])
 def test_encode(batch, d_in, d_sae, backend, dtype, relu, variant, device):
-    if backend == "torch" and variant == "library":
-        pytest.skip("the torch form has no variants")
-
     def op(x, W_enc, b_enc, b_dec):
         return encode(x, W_enc, b_enc, b_dec, relu=relu, variant=variant)[0]
 

@@ -1,0 +1,116 @@
+"""A training step through the ops, encode to grad_rows, against autograd of the dense loss; and NaN and infinity on that way."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastsae_kernels as ops
+from fastsae_kernels.testing import assert_close
+
+BATCH, D_IN, D_SAE = 11, 13, 70
+KERNELS = Path(__file__).parents[2] / "kernels"
+SELECTIONS = {
+    "relu": lambda pre, top: ops.select_threshold(pre, top, width=4, n_tail=None),
+    "jumprelu": lambda pre, top: ops.select_threshold(
+        pre, top, threshold=torch.full_like(pre[0], 0.7), width=4, n_tail=None
+    ),
+    "topk": lambda pre, top: ops.select_topk(pre, 5, top),
+    "batchtopk": lambda pre, top: ops.select_batchtopk(pre, 5, top, width=4, n_tail=None)[0],
+}
+each_selection = pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS)
+each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def parameters(device):
+    gen = torch.Generator().manual_seed(0)
+    shapes = {
+        "x": (BATCH, D_IN),
+        "W_encT": (D_SAE, D_IN),
+        "b_enc": (D_SAE,),
+        "W_dec": (D_SAE, D_IN),
+        "b_dec": (D_IN,),
+    }
+    return {name: torch.randn(shape, generator=gen).to(device) for name, shape in shapes.items()}
+
+
+def forward(p, select, l1):
+    x = p["x"] - p["b_dec"]
+    codes = select(*ops.encode(x, p["W_encT"].T, p["b_enc"]))
+    norms = p["W_dec"].norm(dim=1)
+    return x, codes, ops.decode_loss(codes, p["W_dec"], p["b_dec"], p["x"], l1=l1, norms=norms)
+
+
+def step(p, select, l1):
+    """The gradients of all parameters, none of them from a [batch, d_sae] tensor, and which latents are active."""
+    x, codes, out = forward(p, select, l1)
+    t = ops.transpose(codes, D_SAE)
+    g_W_dec, colsum = ops.grad_rows(t, codes.values, out.g)
+    g_values = out.g_values * (codes.values != 0)
+    g_W_encT, g_b_enc = ops.grad_rows(t, g_values, x)
+    rows = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    grads = {
+        "W_dec": g_W_dec + l1 / BATCH * colsum[:, None] * rows,  # of the norms in the L1 term
+        "W_encT": g_W_encT,
+        "b_enc": g_b_enc,
+        "b_dec": out.g_sum - p["W_encT"].T @ g_b_enc,
+    }
+    return grads, ops.to_dense(codes, D_SAE) != 0
+
+
+def autograd(p, active, l1, dtype):
+    p = {name: t.to(dtype, copy=True).requires_grad_(name != "x") for name, t in p.items()}
+    acts = ((p["x"] - p["b_dec"]) @ p["W_encT"].T + p["b_enc"]) * active
+    x_hat = acts @ p["W_dec"] + p["b_dec"]
+    mse = (x_hat - p["x"]).square().sum(1).mean()
+    (mse + l1 * (acts * p["W_dec"].norm(dim=1)).sum(1).mean()).backward()
+    return {name: t.grad for name, t in p.items() if name != "x"}
+
+
+@each_backend
+@each_selection
+def test_a_step_is_autograds(select, backend, device):
+    p, l1 = parameters(device), torch.tensor(0.25, device=device)
+    with ops.use_backend(backend):
+        grads, active = step(p, select, l1)
+    assert active.any()
+    assert_close(grads, autograd(p, active, l1, torch.float32), autograd(p, active, l1, torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@each_backend
+@each_selection
+def test_what_is_not_finite_sets_the_flag(select, backend, bad, device):
+    """No index is out of range, and what the other rows hold stays finite where their selection is their own."""
+    p, l1 = parameters(device), torch.tensor(0.25, device=device)
+    with ops.use_backend(backend):
+        _, _, out = forward(p, select, l1)
+        assert out.finite
+        p["x"][3, 5] = bad
+        _, codes, out = forward(p, select, l1)
+        assert not out.finite
+        assert codes.indices.min() >= 0 and codes.indices.max() < D_SAE
+        t = ops.transpose(codes, D_SAE)
+        assert t.starts[-1] == codes.counts.sum() and ops.missing(codes) == 0
+    others = torch.arange(BATCH, device=device) != 3
+    if select is not SELECTIONS["batchtopk"]:
+        assert out.mse[others].isfinite().all() and out.g[others].isfinite().all()
+
+
+def test_everything_works_without_triton():
+    """As where there is no wheel of it (macOS, Windows): the import fails, and plain torch runs."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fastsae_kernels as ops
+x, W = torch.randn(5, 8), torch.randn(40, 8)
+codes = ops.encode_codes(x, W.T, torch.zeros(40), k=3)
+assert ops.decode(codes, W).shape == (5, 8)
+assert ops.grad_rows(ops.transpose(codes, 40), codes.values, x)[0].shape == (40, 8)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(KERNELS), "PATH": "/usr/bin:/bin"}
+    )

@@ -252,23 +252,27 @@ def candidates(
     passes(pre [m, 32], row [m], group [m]) -> bool [m, 32].
     """
     d_sae, n_groups = pre_acts.shape[1], active.shape[1]
-    flat_group = active.flatten().nonzero().squeeze(1)
-    row = flat_group.div(n_groups, rounding_mode="floor")
-    group = flat_group - row * n_groups
+    active_group = active.flatten().nonzero().squeeze(1)
+    row = active_group.div(n_groups, rounding_mode="floor")
+    first = active_group * GROUP  # latent of the whole batch, where rows are whole groups
     if d_sae % GROUP == 0:
-        hit = passes(pre := pre_acts.view(-1, GROUP).index_select(0, flat_group), row, group)
+        pre = pre_acts.view(-1, GROUP).index_select(0, active_group)
+        hit = passes(pre, row, active_group - row * n_groups)
     else:
+        group = active_group - row * n_groups
         latent = group[:, None] * GROUP + torch.arange(GROUP, device=group.device)
         pre = pre_acts.flatten()[row[:, None] * d_sae + latent.clamp(max=d_sae - 1)]
         hit = passes(pre, row, group) & (latent < d_sae)
-    flat = hit.flatten().nonzero().squeeze(1)
-    value = pre.flatten()[flat]
-    taken = flat // GROUP
-    return (
-        row[taken],
-        flat.add_((group - torch.arange(len(group), device=group.device))[taken] * GROUP),
-        value,
+    # index_select throughout: a quarter of the time of []
+    slot = hit.view(-1).nonzero().squeeze(1)
+    taken = slot.div(GROUP, rounding_mode="floor")
+    row = row.index_select(0, taken)
+    latent = (
+        first.sub_(torch.arange(len(first), device=first.device), alpha=GROUP)
+        .index_select(0, taken)
+        .add_(slot)
     )
+    return row, latent.sub_(row, alpha=n_groups * GROUP), pre.view(-1).index_select(0, slot)
 
 
 def above(level: float, *, inclusive: bool = False) -> Callable[..., Tensor]:
@@ -278,29 +282,44 @@ def above(level: float, *, inclusive: bool = False) -> Callable[..., Tensor]:
 
 
 def pack(
-    row: Tensor, latent: Tensor, value: Tensor, batch: int, width: int | None, n_tail: int | None
+    row: Tensor,
+    latent: Tensor,
+    value: Tensor,
+    batch: int,
+    width: int | None,
+    n_tail: int | None,
+    lengths: Tensor | None = None,
 ) -> Outputs:
-    """Codes from their entries in row-major order."""
-    starts = torch.searchsorted(row, torch.arange(batch + 1, device=row.device))
-    counts = starts.diff().int()
+    """Codes from their entries in row-major order; `lengths` [batch] of the rows, where they are known."""
+    if lengths is None:
+        lengths = torch.bincount(row, minlength=batch)
+    counts = lengths.int()
     if width is None:
         width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
+    if len(row) == batch * width and n_tail == 0 and bool((counts == width).all()):
+        return latent.int().view(batch, width), value.view(batch, width), counts, counts.new_zeros(0)
     pages = tail_starts(counts, width)
     if n_tail is None:
         n_tail = int(pages[-1])
-    position = torch.arange(len(row), device=row.device) - starts[row]
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(len(row), device=row.device).sub_(starts.index_select(0, row))
     slot = row * width + position
     if int(pages[-1]):
         over = position >= width
-        tail = batch + pages[row] + position // width - 1
+        tail = batch + pages.index_select(0, row) + position // width - 1
         kept = ~over | (tail < batch + n_tail)
         slot = torch.where(over, tail * width + position % width, slot)[kept]
         latent, value = latent[kept], value[kept]
     indices = latent.new_zeros(batch + n_tail, width, dtype=torch.int32)
     values = value.new_zeros(batch + n_tail, width)
-    indices.view(-1)[slot] = latent.int()
-    values.view(-1)[slot] = value
+    indices.view(-1).scatter_(0, slot, latent.int())  # a third of the time of []
+    values.view(-1).scatter_(0, slot, value)
     return indices, values, counts, pages if n_tail else counts.new_zeros(0)
+
+
+def row_starts(row: Tensor, batch: int) -> Tensor:
+    """Where the entries of each row start, given their rows in order; [batch + 1]."""
+    return torch.nn.functional.pad(torch.bincount(row, minlength=batch).cumsum(0), (1, 0))
 
 
 def fake_codes(pre_acts: Tensor, width: int | None, n_tail: int | None) -> Outputs:

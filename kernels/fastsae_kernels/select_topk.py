@@ -23,6 +23,7 @@ from fastsae_kernels._emit import (
     pack,
     pack_groups,
     row_programs,
+    row_starts,
     save_codes,
     scatter_grad,
     signed_key,
@@ -34,6 +35,7 @@ from fastsae_kernels.encode import GROUP
 LOWEST = -(2**31)
 # Bits of a float key that are clear in every value of the dtype: they need no bisection. Negative keys have them set.
 CLEAR_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the width of a float whose bits they hold
 
 
 @jit
@@ -172,75 +174,83 @@ def _select_topk_triton(pre_acts: Tensor, group_max: Tensor, k: int, positive: b
 
 def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
     """The k-th group maximum filters; the few values that pass are cut exactly, as integer keys."""
-    batch, n_groups = group_max.shape
-    wide = group_max.to(torch.promote_types(group_max.dtype, torch.float32))
-    if k > n_groups:
-        bound = torch.zeros_like(wide[:, :1]) if positive else torch.full_like(wide[:, :1], float("-inf"))
-    else:
-        bound = _kth_bound(wide, k, positive)
-    if positive:  # pre > the number below the bound, so that one comparison also drops what is not positive
-        bound = torch.nextafter(bound, bound.new_full((), float("-inf"))).clamp(min=0)
-    below = torch.le if positive else torch.lt
+    batch = len(pre_acts)
+    bound = _kth_bound(group_max, k, positive)
+    # > the number below the bound instead of >= the bound, so that one comparison also drops what is not positive
+    level, below = (_next_below(bound), torch.le) if positive else (bound, torch.lt)
     row, latent, value = candidates(
-        pre_acts, ~below(group_max, bound), lambda pre, row, _group: ~below(pre, bound[row])
+        pre_acts,
+        below(group_max, level).logical_not_(),
+        lambda pre, row, _group: below(pre, level.index_select(0, row)).logical_not_(),
     )
-    key = _order_key(value)
-    starts = torch.searchsorted(row, torch.arange(batch + 1, device=row.device))
-    fullest = int(starts.diff().max()) if batch else 0
+    key, starts = _order_key(value, positive), row_starts(row, batch)
+    lengths = starts.diff()
+    fullest = int(lengths.max()) if batch else 0
+    if fullest > 4 * k + GROUP:  # many tie at the bound: only the first k of them can be selected
+        at_bound = key == _order_key(bound.flatten(), positive).index_select(0, row)
+        few = (~at_bound | (_rank(at_bound, starts, row) < k)).nonzero().squeeze(1)
+        row, latent, value, key = (t.index_select(0, few) for t in (row, latent, value, key))
+        starts = row_starts(row, batch)
+        lengths = starts.diff()
+        fullest = int(lengths.max())
     if fullest > k:
-        if fullest > 4 * k + GROUP:  # many tie at the bound: only the first k of them can be selected
-            bottom = _order_key(bound.flatten() if not positive else _next_up(bound.flatten(), pre_acts))
-            at_bound = key == bottom[row]
-            few = (~at_bound | (_rank(at_bound, starts, row) < k)).nonzero().squeeze(1)
-            row, latent, value, key = row[few], latent[few], value[few], key[few]
-            starts = torch.searchsorted(row, torch.arange(batch + 1, device=row.device))
-            fullest = int(starts.diff().max())
-        table = key.new_full((batch, max(fullest, k)), torch.iinfo(key.dtype).min)
-        table[row, torch.arange(len(row), device=row.device) - starts[row]] = key
+        table = key.new_full((batch, fullest), torch.iinfo(key.dtype).min)
+        offset = torch.arange(batch, device=row.device) * fullest - starts[:-1]
+        slot = offset.index_select(0, row).add_(torch.arange(len(row), device=row.device))
+        table.view(-1).scatter_(0, slot, key)
         kappa = table.topk(k, dim=1, sorted=False).values.amin(1)
-        wanted = k - (table > kappa[:, None]).sum(1)
-        cut = kappa[row]
-        ties = key == cut
-        kept = ((key > cut) | (ties & (_rank(ties, starts, row) < wanted[row]))).nonzero().squeeze(1)
-        row, latent, value = row[kept], latent[kept], value[kept]
-    return pack(row, latent, value, batch, k, 0)
+        cut = kappa.index_select(0, row)
+        lengths = lengths.clamp(max=k)
+        kept = (key >= cut).nonzero().squeeze(1)
+        if len(kept) > int(lengths.sum()):
+            wanted = k - (table > kappa[:, None]).sum(1)
+            ties = key == cut
+            first = ties & (_rank(ties, starts, row) < wanted.index_select(0, row))
+            kept = ((key > cut) | first).nonzero().squeeze(1)
+        row, latent, value = (t.index_select(0, kept) for t in (row, latent, value))
+    return pack(row, latent, value, batch, k, 0, lengths)
 
 
 def _kth_bound(group_max: Tensor, k: int, positive: bool) -> Tensor:
-    """A bound from below of the k-th largest of each row [batch, 1], from integers: topk of floats takes 1.5 times as long."""
-    if not positive:
-        kth = group_max.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    else:
-        # Bits of floats that are not negative are ordered; the negative ones, a NaN's too, only lower the bound, to 0.
-        bits = group_max.view(torch.int64 if group_max.dtype == torch.float64 else torch.int32)
-        kth = (
-            bits.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True).clamp(min=0).view(group_max.dtype)
-        )
+    """A bound from below of the k-th largest of each row [batch, 1]; where fewer are positive 0, or -inf if those count too.
+
+    From the maxima of pairs, fours, ... of groups while 4k remain: a slightly lower bound (8% more values pass) for half
+    the time. From integers, which topk takes two thirds of the time for: bits of floats that are not negative are ordered, and
+    those of the others, of a NaN too, only lower the bound.
+    """
+    if k > group_max.shape[1]:
+        return group_max.new_full((len(group_max), 1), 0 if positive else float("-inf"))
+    keys = group_max.view(INTEGERS[group_max.element_size()]) if positive else group_max
+    while keys.shape[1] >= 8 * k and keys.shape[1] % 2 == 0:
+        keys = torch.maximum(*keys.chunk(2, dim=1))
+    kth = keys.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    if positive:
+        kth = kth.clamp_(min=0).view(group_max.dtype)
     return torch.where(kth.isnan(), float("inf"), kth)
 
 
-def _order_key(x: Tensor) -> Tensor:
-    """Integers in the same order: -0 equals 0, NaN is the largest."""
+def _next_below(x: Tensor) -> Tensor:
+    """The next number of x's dtype below one that is not negative; 0 below 0."""
+    return x.view(INTEGERS[x.element_size()]).sub(1).clamp_(min=0).view(x.dtype)
+
+
+def _order_key(x: Tensor, positive: bool) -> Tensor:
+    """Integers in the same order, of positive numbers or of all: -0 equals 0, NaN is the largest."""
     wide = x if x.dtype == torch.float64 else x.float()
-    integer = torch.int64 if wide.dtype == torch.float64 else torch.int32
-    info = torch.iinfo(integer)
+    integer = INTEGERS[wide.element_size()]
+    largest = torch.iinfo(integer).max
+    if positive:  # without its sign a NaN is above infinity; its payload does not count
+        bits = wide.view(integer) & largest
+        return bits.clamp_(max=NAN_KEY) if integer == torch.int32 else bits
     bits = (wide + 0.0).view(integer)
-    return (bits ^ ((bits >> (info.bits - 1)) & info.max)).masked_fill(wide.isnan(), info.max)
-
-
-def _next_up(bound: Tensor, like: Tensor) -> Tensor:
-    """The least value of like's dtype that is above `bound`."""
-    up = torch.nextafter(bound, bound.new_full((), float("inf")))
-    if like.dtype in (torch.float32, torch.float64):
-        return up
-    return up.to(like.dtype).to(bound.dtype)
+    return (bits ^ ((bits >> (8 * wide.element_size() - 1)) & largest)).masked_fill(wide.isnan(), largest)
 
 
 def _rank(flags: Tensor, starts: Tensor, row: Tensor) -> Tensor:
     """Where an entry is flagged: how many before it in its row are."""
     before = flags.cumsum(0) - flags.long()
-    at_start = torch.nn.functional.pad(before, (0, 1))[starts[:-1]]
-    return before - at_start[row]
+    at_start = torch.nn.functional.pad(before, (0, 1)).index_select(0, starts[:-1])
+    return before.sub_(at_start.index_select(0, row))
 
 
 @torch.library.custom_op("fastsae::select_topk", mutates_args=())

@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/fastsae train
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

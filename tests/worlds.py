@@ -1,12 +1,13 @@
-"""A random model, a text, and the config of a run on them that takes a second."""
+"""A random model, a text, and the config of a run on them that takes a second.
+
+fastsae is imported by the fixtures and not by this module, which every test session loads: tests/kernels runs where only
+torch, triton and pytest are installed.
+"""
 
 import json
 
 import pytest
 import torch
-
-from fastsae.configfile import load_config
-from tests.tiny_models import D_VOCAB, save_model
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -14,6 +15,8 @@ HOOK = "blocks.1.hook_resid_post"
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A model folder and a text file of 400 documents of 20 to 60 words."""
+    from tests.tiny_models import D_VOCAB, save_model
+
     root = tmp_path_factory.mktemp("world")
     gen = torch.Generator().manual_seed(0)
     lines = []
@@ -32,6 +35,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def config(world, tmp_path):
     """config(**overrides, nested) -> RunConfig of a run that takes a second."""
+    from fastsae.configfile import load_config
 
     def make(**overrides):
         base = {

@@ -6,6 +6,7 @@ from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, missing, tail_starts
 from fastsae_kernels.decode import decode, decode_ref
 from fastsae_kernels.testing import assert_as_accurate
+from tests.kernels.forms import FORMS
 
 # counts (their number is the batch), d_sae, d_out, width, n_tail
 SIZES = [
@@ -21,19 +22,13 @@ SIZES = [
     ([3, 9, 12], 20, 19, 4, 2),  # a tail too short: 8 of the last row's latents have no slot
     ([1, 1], 5, 3, 2, 0),
 ]
-FORMS = [
-    ("torch", torch.float32),
-    ("torch", torch.bfloat16),
-    ("triton", torch.float32),
-    ("triton", torch.float16),
-]
 
 
 def make_codes(
-    counts: list[int], d_sae: int, width: int, n_tail: int | None, dtype=torch.float32, seed: int = 0
+    counts: list[int], d_sae: int, width: int, n_tail: int | None, dtype=torch.float32, device="cpu"
 ) -> Codes:
     """Random codes with these counts, laid out as codes.py says; every seventh value is 0."""
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(0)
     batch, true = len(counts), torch.tensor(counts, dtype=torch.int32)
     starts = None if n_tail is None else tail_starts(true, width)
     indices = torch.zeros(batch + (n_tail or 0), width, dtype=torch.int32)
@@ -48,20 +43,22 @@ def make_codes(
                 here = latents[page * width : (page + 1) * width]
                 indices[row, : len(here)] = here
                 values[row, : len(here)] = acts[page * width : (page + 1) * width]
-    return Codes(indices, values.to(dtype), true, starts)
+    tensors = (indices, values.to(dtype), true, starts)
+    return Codes(*(a if a is None else a.to(device) for a in tensors))
 
 
-def make_weights(d_sae: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def make_weights(d_sae: int, d: int, dtype: torch.dtype, device="cpu") -> tuple[Tensor, Tensor]:
     gen = torch.Generator().manual_seed(1)
-    return torch.randn(d_sae, d, generator=gen).to(dtype), torch.randn(d, generator=gen).to(dtype)
+    W_dec, b_dec = torch.randn(d_sae, d, generator=gen), torch.randn(d, generator=gen)
+    return W_dec.to(device, dtype), b_dec.to(device, dtype)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name, dtype", FORMS, ids=str)
 @pytest.mark.parametrize("counts, d_sae, d, width, n_tail", SIZES, ids=str)
-def test_decode_and_its_gradients(counts, d_sae, d, width, n_tail, name, dtype, bias):
-    codes = make_codes(counts, d_sae, width, n_tail, dtype)
-    W_dec, b_dec = make_weights(d_sae, d, dtype)
+def test_decode_and_its_gradients(counts, d_sae, d, width, n_tail, name, dtype, bias, device):
+    codes = make_codes(counts, d_sae, width, n_tail, dtype, device)
+    W_dec, b_dec = make_weights(d_sae, d, dtype, device)
 
     def of(f):
         def g(indices, values, counts, starts, W_dec, *b_dec):
@@ -74,35 +71,36 @@ def test_decode_and_its_gradients(counts, d_sae, d, width, n_tail, name, dtype, 
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_free_slots_have_no_gradient_and_add_nothing(name):
-    codes = make_codes([2, 0, 5], 9, 5, None)
-    W_dec, b_dec = make_weights(9, 6, torch.float32)
+def test_free_slots_have_no_gradient_and_add_nothing(name, device):
+    codes = make_codes([2, 0, 5], 9, 5, None, device=device)
+    W_dec, b_dec = make_weights(9, 6, torch.float32, device)
     W_dec[0] = torch.nan
+    free = torch.arange(5, device=device) >= codes.counts[:, None]
     codes.indices[codes.indices == 0] += 1  # row 0 is named by free slots only
-    codes.indices[torch.arange(5) >= codes.counts[:, None]] = 0
+    codes.indices[free] = 0
     values = codes.values.clone().requires_grad_()
     with use_backend(name):
         x_hat = decode(codes._replace(values=values), W_dec, b_dec)
         x_hat.square().sum().backward()
     assert x_hat.isfinite().all() and values.grad.isfinite().all()
     assert torch.equal(x_hat[1], b_dec)
-    assert not values.grad[torch.arange(5) >= codes.counts[:, None]].any()
+    assert not values.grad[free].any()
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_value_that_is_not_finite_stays_in_its_row(name, bad):
-    codes = make_codes([3, 3], 9, 3, None)
+def test_a_value_that_is_not_finite_stays_in_its_row(name, bad, device):
+    codes = make_codes([3, 3], 9, 3, None, device=device)
     codes.values[1, 1] = bad
     with use_backend(name):
-        x_hat = decode(codes, *make_weights(9, 6, torch.float32))
+        x_hat = decode(codes, *make_weights(9, 6, torch.float32, device))
     assert x_hat[0].isfinite().all() and not x_hat[1].isfinite().any()
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_values_may_be_fp32_beside_half_precision_weights(name):
-    codes = make_codes([4, 2, 9], 20, 4, 2)
-    W_dec, b_dec = make_weights(20, 24, torch.float16)
+def test_values_may_be_fp32_beside_half_precision_weights(name, device):
+    codes = make_codes([4, 2, 9], 20, 4, 2, device=device)
+    W_dec, b_dec = make_weights(20, 24, torch.float16, device)
     with use_backend(name):
         x_hat = decode(codes, W_dec, b_dec.float())
     truth = decode_ref(codes._replace(values=codes.values.double()), W_dec.double(), b_dec.double())
@@ -114,9 +112,9 @@ def test_the_short_tail_is_one():
     assert int(missing(make_codes([3, 9, 12], 20, 4, 2))) == 8
 
 
-def test_gradients_in_fp64():
-    codes = make_codes([2, 9, 0, 4], 11, 4, 2, torch.float64)
-    W_dec, b_dec = make_weights(11, 5, torch.float64)
+def test_gradients_in_fp64(device):
+    codes = make_codes([2, 9, 0, 4], 11, 4, 2, torch.float64, device)
+    W_dec, b_dec = make_weights(11, 5, torch.float64, device)
     leaves = [codes.values.requires_grad_(), W_dec.requires_grad_(), b_dec.requires_grad_()]
     taken = torch.zeros_like(codes.values)
     taken[codes.values != 0] = 1
@@ -127,9 +125,9 @@ def test_gradients_in_fp64():
     assert torch.autograd.gradcheck(f, leaves)
 
 
-def test_custom_op():
-    codes = make_codes([2, 9, 0, 4], 11, 4, 2)
-    W_dec, b_dec = make_weights(11, 5, torch.float32)
+def test_custom_op(device):
+    codes = make_codes([2, 9, 0, 4], 11, 4, 2, device=device)
+    W_dec, b_dec = make_weights(11, 5, torch.float32, device)
     args = (codes.indices, codes.values.requires_grad_(), *codes[2:], W_dec.requires_grad_(), b_dec)
     torch.library.opcheck(torch.ops.fastsae.decode, args)
 

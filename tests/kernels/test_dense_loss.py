@@ -6,27 +6,22 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_codes_grad_ref, dense_loss, dense_loss_ref
 from fastsae_kernels.testing import assert_as_accurate
+from tests.kernels.forms import FORMS
 
 SIZES = [(1, 1), (7, 13), (8, 64), (9, 65), (3, 513), (65, 33), (130, 7), (0, 5)]
-FORMS = [
-    ("torch", torch.float32),
-    ("torch", torch.bfloat16),
-    ("triton", torch.float32),
-    ("triton", torch.float16),
-]
 
 
-def randn(*shape: int, dtype=torch.float32, seed: int = 0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def randn(*shape: int, dtype=torch.float32, seed: int = 0, device="cpu"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 @pytest.mark.parametrize("name, dtype", FORMS, ids=str)
 @pytest.mark.parametrize("batch, d", SIZES)
-def test_dense_loss(batch, d, name, dtype):
+def test_dense_loss(batch, d, name, dtype, device):
     inputs = [
-        randn(batch, d, dtype=dtype),
-        randn(d, dtype=dtype, seed=1),
-        randn(batch, d, dtype=dtype, seed=2),
+        randn(batch, d, dtype=dtype, device=device),
+        randn(d, dtype=dtype, seed=1, device=device),
+        randn(batch, d, dtype=dtype, seed=2, device=device),
     ]
     with use_backend(name):
         assert_as_accurate(dense_loss, dense_loss_ref, inputs, grads=False)
@@ -37,8 +32,10 @@ def test_dense_loss(batch, d, name, dtype):
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_dense_loss_flag_and_out_dtype(name, bad):
-    decoded, b_dec, target = randn(9, 5), randn(5, seed=1), randn(9, 5, seed=2)
+def test_dense_loss_flag_and_out_dtype(name, bad, device):
+    decoded, b_dec, target = (
+        randn(*shape, seed=i, device=device) for i, shape in enumerate([(9, 5), (5,), (9, 5)])
+    )
     with use_backend(name):
         wide, rounded = (
             dense_loss(decoded, b_dec, target),
@@ -53,12 +50,12 @@ def test_dense_loss_flag_and_out_dtype(name, bad):
 @pytest.mark.parametrize("with_l1, with_norms", [(False, False), (True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("name, dtype", FORMS, ids=str)
 @pytest.mark.parametrize("batch, n", SIZES)
-def test_dense_codes_grad(batch, n, name, dtype, with_l1, with_norms):
+def test_dense_codes_grad(batch, n, name, dtype, with_l1, with_norms, device):
     inputs = [
-        randn(batch, n, dtype=dtype),
-        randn(batch, n, dtype=dtype, seed=1).relu(),
-        torch.tensor(0.3) if with_l1 else None,
-        randn(n, seed=2).abs() if with_norms else None,
+        randn(batch, n, dtype=dtype, device=device),
+        randn(batch, n, dtype=dtype, seed=1, device=device).relu(),
+        torch.tensor(0.3, device=device) if with_l1 else None,
+        randn(n, seed=2, device=device).abs() if with_norms else None,
     ]
     if batch > 2:
         inputs[1][1] = 0  # nothing active
@@ -75,22 +72,23 @@ def test_dense_codes_grad(batch, n, name, dtype, with_l1, with_norms):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_nan_acts_stay_visible(name):
-    acts = randn(5, 9).relu()
+def test_nan_acts_stay_visible(name, device):
+    acts = randn(5, 9, device=device).relu()
     acts[3, 4] = torch.nan
     with use_backend(name):
-        g_pre, l1_rows, acts_sum, counts = dense_codes_grad(torch.ones(5, 9), acts, l1=torch.tensor(1.0))
-    assert torch.equal(l1_rows.isnan(), torch.arange(5) == 3)
-    assert torch.equal(acts_sum.isnan(), torch.arange(9) == 4)
+        ones = torch.ones_like(acts)
+        g_pre, l1_rows, acts_sum, counts = dense_codes_grad(ones, acts, l1=torch.tensor(1.0, device=device))
+    assert l1_rows.isnan().tolist() == [row == 3 for row in range(5)]
+    assert acts_sum.isnan().tolist() == [latent == 4 for latent in range(9)]
     assert torch.equal(counts, (acts != 0).sum(1, dtype=torch.int32)) and g_pre[3, 4] != 0
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_inputs_are_left_alone(name):
-    g_acts, acts = randn(5, 9), randn(5, 9, seed=1).relu()
+def test_inputs_are_left_alone(name, device):
+    g_acts, acts = randn(5, 9, device=device), randn(5, 9, seed=1, device=device).relu()
     before = g_acts.clone(), acts.clone()
     with use_backend(name):
-        dense_codes_grad(g_acts, acts, l1=torch.tensor(1.0))
+        dense_codes_grad(g_acts, acts, l1=torch.tensor(1.0, device=device))
         dense_loss(g_acts, acts[0], acts)
     assert torch.equal(g_acts, before[0]) and torch.equal(acts, before[1])
 

@@ -8,9 +8,9 @@ from fastsae_kernels.codes import missing, rows, to_dense
 from fastsae_kernels.encode import group_max_ref
 from fastsae_kernels.select_threshold import select_threshold, select_threshold_ref
 from fastsae_kernels.testing import assert_as_accurate
+from tests.kernels.forms import ALL_FORMS
 
-BACKENDS = [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16)]
-BACKENDS += [("torch", torch.float64), ("triton", torch.float32), ("triton", torch.float16)]
+BACKENDS = [("torch", torch.float64), *ALL_FORMS]
 SIZES = [(1, 1), (3, 31), (2, 33), (5, 97), (4, 1100)]  # interpreted: 16 groups a block, 4 a tile
 each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 

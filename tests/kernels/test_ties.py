@@ -1,0 +1,26 @@
+"""select_topk on ties that hypothesis draws; a GPU machine may lack it, and has the fixed ones of test_select_topk."""
+
+import pytest
+import torch
+
+from fastsae_kernels._launch import use_backend
+from tests.kernels.test_select_topk import assert_exact
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+st = hypothesis.strategies
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("positive", [True, False])
+@hypothesis.settings(
+    max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(data=st.data())
+def test_ties(backend, positive, device, data):
+    d_sae = data.draw(st.integers(1, 200))
+    k = data.draw(st.integers(1, d_sae))
+    top = data.draw(st.integers(1, 4))
+    gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    pre_acts = torch.randint(-top, top + 1, (2, d_sae), generator=gen).float().to(device)
+    with use_backend(backend):
+        assert_exact(pre_acts, k, positive)

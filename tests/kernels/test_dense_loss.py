@@ -71,6 +71,17 @@ def test_dense_codes_grad(batch, n, name, dtype, with_l1, with_norms, device):
     assert counts.dtype == torch.int32
 
 
+def test_long_rows_are_summed_as_exactly():
+    """Where a sum in sequence would show."""
+    inputs = [randn(256, 8192), randn(256, 8192, seed=1).relu(), randn(8192, seed=2).abs()]
+    assert_as_accurate(
+        lambda g_acts, acts, norms: dense_codes_grad(g_acts, acts, norms=norms),
+        lambda g_acts, acts, norms: dense_codes_grad_ref(g_acts, acts, norms=norms),
+        inputs,
+        grads=False,
+    )
+
+
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_nan_acts_stay_visible(name, device):
     acts = randn(5, 9, device=device).relu()

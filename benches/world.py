@@ -153,9 +153,9 @@ class World:
     def rivals(
         self, f: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]], name: str = "eager"
     ) -> dict[str, Call]:
-        """f on the arguments of a set of inputs; compiled too, at a GPU's first shape alone, since each takes 10 s to compile."""
+        """f on the arguments of a set of inputs; compiled too, at the first shape alone, since each takes 10 s to compile."""
         calls: dict[str, Call] = {name: lambda i: f(*arguments(i))}
-        if self.on_gpu and self.shape == SHAPES["cuda"][0]:
+        if self.shape == SHAPES[self.device.type][0]:
             compiled = torch.compile(f)
             calls["torch.compile"] = lambda i: compiled(*arguments(i))
         return calls

@@ -70,11 +70,10 @@ SHAPES = {
     "d4096": Shape(4096, 4096, 131072, 64, torch.bfloat16),
     "d16384": Shape(4096, 16384, 65536, 64, torch.bfloat16),
 }
-# 8.6 and 8.9, the 3090 and the 4090, have the same configs, so the second is compiled at the first four shapes only.
 GPUS: dict[Capability, tuple[str, ...]] = {
-    (8, 0): tuple(SHAPES),
-    (8, 6): tuple(SHAPES),
-    (8, 9): tuple(SHAPES)[:4],
+    (8, 0): ("d768", "d768 fp32", "d769", "d4096"),
+    (8, 6): ("d768", "d768 fp32", "d769 fp32", "d2304"),
+    (8, 9): ("d768",),  # has 8.6's configs
     (9, 0): tuple(SHAPES),
 }
 

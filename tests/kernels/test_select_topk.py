@@ -9,7 +9,7 @@ from fastsae_kernels.select_topk import select_topk, select_topk_ref
 from tests.kernels.forms import ALL_FORMS
 
 BACKENDS = [("torch", torch.float64), *ALL_FORMS]
-SIZES = [(1, 1, 1), (3, 5, 2), (2, 33, 33), (4, 129, 7), (3, 700, 32), (2, 1100, 3)]
+SIZES = [(1, 1, 1), (3, 5, 2), (2, 33, 33), (4, 129, 7), (2, 600, 20), (2, 1100, 3)]
 
 
 def assert_exact(pre_acts, k, positive=True, group_max=None):

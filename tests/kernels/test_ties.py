@@ -13,7 +13,7 @@ st = hypothesis.strategies
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("positive", [True, False])
 @hypothesis.settings(
-    max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(data=st.data())
 def test_ties(backend, positive, device, data):

@@ -7,6 +7,8 @@ emission, select_threshold's, then writes what is larger and the first of the ti
 k groups per row, each read twice, the second time from the cache; in practice the bisections' arithmetic.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -177,11 +179,11 @@ def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bo
     batch = len(pre_acts)
     bound = _kth_bound(group_max, k, positive)
     # > the number below the bound instead of >= the bound, so that one comparison also drops what is not positive
-    level, below = (_next_below(bound), torch.le) if positive else (bound, torch.lt)
+    level, passes = _next_below(bound) if positive else bound, _comparison(group_max, positive)
     row, latent, value = candidates(
         pre_acts,
-        below(group_max, level).logical_not_(),
-        lambda pre, row, _group: below(pre, level.index_select(0, row)).logical_not_(),
+        passes(group_max, level),
+        lambda pre, row, _group: passes(pre, level.index_select(0, row)),
     )
     key, starts = _order_key(value, positive), row_starts(row, batch)
     lengths = starts.diff()
@@ -234,16 +236,25 @@ def _next_below(x: Tensor) -> Tensor:
     return x.view(INTEGERS[x.element_size()]).sub(1).clamp_(min=0).view(x.dtype)
 
 
+def _comparison(group_max: Tensor, positive: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """values > level for positive ones, values >= level for all; NaN passes. Without NaN, of integers: the fastest there is."""
+    if positive and group_max.numel() and not group_max.amax().isnan():
+        integer = INTEGERS[group_max.element_size()]
+        return lambda values, level: values.view(integer) > level.view(integer)
+    below = torch.le if positive else torch.lt
+    return lambda values, level: below(values, level).logical_not_()
+
+
 def _order_key(x: Tensor, positive: bool) -> Tensor:
-    """Integers in the same order, of positive numbers or of all: -0 equals 0, NaN is the largest."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    integer = INTEGERS[wide.element_size()]
-    largest = torch.iinfo(integer).max
-    if positive:  # without its sign a NaN is above infinity; its payload does not count
-        bits = wide.view(integer) & largest
-        return bits.clamp_(max=NAN_KEY) if integer == torch.int32 else bits
-    bits = (wide + 0.0).view(integer)
-    return (bits ^ ((bits >> (8 * wide.element_size() - 1)) & largest)).masked_fill(wide.isnan(), largest)
+    """Integers in the same order, of positive numbers or of all: -0 equals 0, NaN is the largest, whatever its payload."""
+    integer = INTEGERS[x.element_size()]
+    nan = int(torch.tensor(float("inf"), dtype=x.dtype).view(integer)) + 1
+    if positive:  # without its sign a NaN is above infinity
+        return (x.view(integer) & torch.iinfo(integer).max).clamp_(max=nan)
+    bits = (x + 0.0).view(integer)
+    return (bits ^ ((bits >> (8 * x.element_size() - 1)) & torch.iinfo(integer).max)).masked_fill(
+        x.isnan(), nan
+    )
 
 
 def _rank(flags: Tensor, starts: Tensor, row: Tensor) -> Tensor:

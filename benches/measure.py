@@ -1,7 +1,8 @@
 """Time cases on one device at one shape: `python -m benches.measure --device cpu --shape 0 --ops encode decode_loss`.
 
-suite.py's worker. Prints one JSON object a line: the device's ceilings, and for every op a line that it has begun and its row. An error ends the process with a traceback, since after one of a GPU nothing that follows can be
-trusted; suite.py starts another for the ops that remain. It needs `kernels` on PYTHONPATH.
+suite.py's worker. Prints one JSON object a line: the device's ceilings, and for every op a line that it has begun and its row.
+An error ends the process with a traceback, since after one of a GPU nothing that follows can be trusted; suite.py starts
+another for the ops that remain. "Floor" is the least time by the measured ceilings. It needs `kernels` on PYTHONPATH.
 """
 
 import argparse
@@ -26,9 +27,8 @@ Timer = Callable[[Callable[[], object]], float]  # seconds of one call
 LEAST_RUNS, MOST_RUNS = 3, 100
 SECONDS = {"cuda": 1.0, "cpu": 6.0}  # of timed runs per case, all rivals together
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-FLUSH_BYTES = (
-    2**30
-)  # 17 times an H200's L2; writing it takes longer than the host needs to launch what is timed
+FLUSH_BYTES = 2**30  # 17 times an H200's L2
+FLUSHES = 12  # 3 ms at its bandwidth: longer than the host needs to launch what is timed
 
 
 def timer(device: torch.device) -> Timer:
@@ -39,7 +39,7 @@ def timer(device: torch.device) -> Timer:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def seconds(f: Callable[[], object]) -> float:
-        for _ in range(3):
+        for _ in range(FLUSHES):
             flush.zero_()
         start.record()
         f()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, to_dense
-from fastsae_kernels.encode import _has_fast_products as has_fast_products
-from fastsae_kernels.encode import group_max_torch
+from fastsae_kernels.encode import group_max_torch, has_fast_products
 from fastsae_kernels.select_topk import select_topk
 from fastsae_kernels.transpose import Transposed, transpose
 

@@ -10,7 +10,7 @@ by it; `save` writes those biases, and a loaded SAE has scale 1.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,9 +24,13 @@ from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, RunError, reason
 from fastsae.seeds import generator
 
+if TYPE_CHECKING:
+    import fastsae_kernels
+
 # Of d_sae: up to here `forward` goes through codes. Measured on 2 cores: half the dense forward's time here, the same at 1/32,
 # with the backward pass a quarter here and the same at 1/16. On a GPU the model says 1/80 and 1/140; not measured.
 SPARSE_SHARE = 1 / 64
+SPARSE_ACTIVATIONS = ("relu", "topk")  # that fastsae_kernels.encode_codes has
 FREE_NORM = 0.1  # norm of decoder rows at the start where it is free; SAELens' decoder_init_norm
 SAELENS_VERSION = "6.54.12"  # the release whose folder layout `save` writes
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -82,12 +86,11 @@ class SAE(nn.Module):
         return activate(self.pre_acts(x), self.cfg)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        """Latents as Codes(indices, values, counts): k slots per row for topk, else as many as the fullest row.
-
-        Differentiable at the cost of the active latents alone: an inactive one passes no gradient.
+        """Latents as Codes(indices, values, counts): k slots per row for topk, else as many as the fullest row, which waits for
+        the device. Differentiable at the cost of the active latents alone: an inactive one passes no gradient.
         """
         self._check_width(x)
-        if not _has_sparse_ops(x):
+        if not _has_sparse_ops(x) or self.cfg.activation not in SPARSE_ACTIVATIONS:
             return to_codes(self.encode(x), self.cfg.k)
         from fastsae_kernels import encode_codes  # loads triton: not at the top
 
@@ -96,7 +99,7 @@ class SAE(nn.Module):
             _as_autocast(self.W_enc.T.contiguous().T),  # no copy: latent-major in memory
             self.b_enc / self.scale,
             self.b_dec / self.scale if self.cfg.apply_b_dec_to_input else None,
-            k=self.cfg.k,
+            k=self.cfg.k if self.cfg.activation == "topk" else None,
             width=None,
         )
         lead, width = x.shape[:-1], codes.indices.shape[1]
@@ -106,15 +109,22 @@ class SAE(nn.Module):
             codes.counts.long().view(lead),
         )
 
-    def decode(self, acts: Float[Tensor, "*batch d_sae"] | Codes) -> Float[Tensor, "*batch d_out"]:
-        """Reconstruction in raw units, from dense latents or from Codes: one row of W_dec per active latent."""
+    def decode(
+        self, acts: "Float[Tensor, '*batch d_sae'] | Codes | fastsae_kernels.Codes"
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction in raw units, from dense latents or from Codes: one row of W_dec per active latent.
+
+        The indices of one row must be different and in [0, d_sae), which is not checked. Codes of fastsae_kernels are taken too.
+        """
         b_dec = self.b_dec / self.scale
-        if not isinstance(acts, Codes):
+        if isinstance(acts, Tensor):
             return acts @ self.W_dec + b_dec
         if not _has_sparse_ops(acts.values):
             return torch.einsum("...k,...kd->...d", acts.values, self.W_dec[acts.indices]) + b_dec
         import fastsae_kernels as ops
 
+        if isinstance(acts, ops.Codes):
+            return ops.decode(acts, _as_autocast(self.W_dec), b_dec)
         *lead, width = acts.indices.shape
         codes = ops.Codes(
             acts.indices.int().reshape(-1, width).contiguous(),

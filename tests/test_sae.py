@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastsae_kernels as kernels
 from fastsae.activations import Codes, to_codes, to_dense
 from fastsae.checkpoint import load, load_all
 from fastsae.config import SAEConfig
@@ -51,6 +52,13 @@ def test_codes_decode_as_dense(activation):
     assert isinstance(codes, Codes)
     assert torch.equal(codes.counts, (acts > 0).sum(-1))
     torch.testing.assert_close(to_dense(codes, 40), acts)
+    assert torch.equal(to_dense(codes, 40) > 0, acts > 0), (
+        "no latent of this seed is within rounding of the threshold"
+    )
+    flat = kernels.Codes(
+        codes.indices.int().flatten(0, 1), codes.values.flatten(0, 1), codes.counts.int().flatten()
+    )
+    torch.testing.assert_close(sae.decode(flat), sae.decode(codes).flatten(0, 1))
     torch.testing.assert_close(sae.decode(codes), sae.decode(acts))
 
 

@@ -169,7 +169,9 @@ def row_programs(pre_acts: Tensor) -> tuple[int, int, int]:
     n_groups = cdiv(pre_acts.shape[1], GROUP)
     if INTERPRET:
         return min(len(pre_acts), 3), 16, 4
-    programs = 8 * n_multiprocessors(pre_acts.device)
+    programs = 32 * n_multiprocessors(
+        pre_acts.device
+    )  # some waves, so that the last one's idle share is small
     return min(len(pre_acts), programs), min(max(next_power_of_2(n_groups), 16), 1024), 16
 
 
@@ -324,10 +326,11 @@ def row_starts(row: Tensor, batch: int) -> Tensor:
 
 def fake_codes(pre_acts: Tensor, width: int | None, n_tail: int | None) -> Outputs:
     """Outputs by shape alone; sizes that depend on the data are symbols."""
-    batch, has_tail = len(pre_acts), n_tail != 0 and width is not None
+    batch, has_tail = pre_acts.shape[0], n_tail != 0 and width is not None
     n_rows: Size = batch
     if has_tail:
         n_rows = torch.library.get_ctx().new_dynamic_size() if n_tail is None else batch + n_tail
+        torch._check(n_rows >= batch)
     n_slots: Size = torch.library.get_ctx().new_dynamic_size(min=1) if width is None else width
     indices = pre_acts.new_empty(n_rows, n_slots, dtype=torch.int32)
     counts, starts = indices.new_empty(batch), indices.new_empty(batch + 1 if has_tail else 0)
@@ -344,13 +347,14 @@ def save_codes(ctx, inputs, output) -> None:
 def scatter_grad(ctx, g_values: Tensor) -> Tensor:
     """Gradient of the dense pre_acts: that of the values at taken slots whose value is not 0. NaN is not 0."""
     indices, values, counts, starts = ctx.saved_tensors
-    codes = Codes(indices, values, counts, starts if len(starts) else None)
-    n = len(counts) * ctx.d_sae
+    codes = Codes(indices, values, counts, starts if starts.shape[0] else None)
+    batch = counts.shape[0]
+    n = batch * ctx.d_sae
     at = rows(codes).owners.long()[:, None] * ctx.d_sae + indices
     # free slots and zeros go to one element behind the gradient, so that every other is written once
     at = torch.where(values != 0, at, n).flatten()
     g_pre = g_values.new_zeros(n + 1)
-    return g_pre.scatter_(0, at, g_values.flatten())[:n].view(len(counts), ctx.d_sae)
+    return g_pre.scatter_(0, at, g_values.flatten())[:n].view(batch, ctx.d_sae)
 
 
 def check_selection(

@@ -5,6 +5,7 @@ everywhere else, also where triton is not installed (macOS, Windows). Every laun
 which the tests replace to compile what would have run on a GPU that is not there.
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -40,7 +41,6 @@ SHARED_BYTES: dict[Capability, int] = {
 }
 
 _log = logging.getLogger("fastsae_kernels")
-_logged: set[str] = set()
 
 
 class _Forced(NamedTuple):
@@ -59,20 +59,22 @@ def jit(kernel: Callable[..., None]) -> Any:
 
 def backend(tensor: Tensor) -> Backend:
     """What runs for `tensor`; says so once per device in the log. fp64 is plain torch's: kernels add up in fp32."""
-    device = tensor.device
     if tensor.dtype == torch.float64:
         return "torch"
-    if _forced.backend is not None:
-        return _forced.backend
+    return _forced.backend or _backend(tensor.device)
+
+
+@functools.cache
+def _backend(device: torch.device) -> Backend:
     if device.type != "cuda":
         return "torch"
     if triton is None or torch.cuda.get_device_capability(device) < (8, 0):
         reason = (
             "triton is not installed" if triton is None else "its compute capability is below 8.0 (Ampere)"
         )
-        _log_once(f"{device}: plain torch instead of the Triton kernels, since {reason}")
+        _log.info(f"{device}: plain torch instead of the Triton kernels, since {reason}")
         return "torch"
-    _log_once(f"{device}: Triton {triton.__version__} kernels on {torch.cuda.get_device_name(device)}")
+    _log.info(f"{device}: Triton {triton.__version__} kernels on {torch.cuda.get_device_name(device)}")
     return "triton"
 
 
@@ -155,11 +157,11 @@ def check(
     like: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless `tensor` has this shape (None: any size) and dtype, is contiguous, and lies beside `like`."""
-    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     fits = tensor.ndim == len(shape) and all(
         n is None or n == m for n, m in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
+        wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ValueError(f"{name} is {list(tensor.shape)}, but must be {wanted}")
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -170,9 +172,3 @@ def check(
         raise ValueError(f"{name} lies on {tensor.device}, the other tensors on {like.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous; its strides are {list(tensor.stride())}")
-
-
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        _log.info(message)

@@ -10,12 +10,12 @@ Source: Kingma and Ba, arXiv:1412.6980, algorithm 1; the projection is Bricken e
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import jit, launch, next_power_of_2, tl
+from fastsae_kernels._launch import cdiv, jit, launch, next_power_of_2, tl
 from fastsae_kernels.transpose import Transposed
 
-MAX_D = (
-    16384  # a row must fit the registers of one program; above 8192 the update spills up to 80 bytes a thread
-)
+BLOCK_D = 4096  # columns of a program, at most
+# But a row whose norm is asked for must fit the registers of one program; above 8192 that spills up to 40 bytes a thread.
+MAX_D = 16384
 
 
 @jit
@@ -65,12 +65,12 @@ def _partial_kernel(
     nth = (number - tl.load(chunk_starts_ptr + latent)).to(tl.int32) + 1
     start = tl.load(starts_ptr + latent) + nth * chunk
     end = tl.minimum(start + chunk, tl.load(starts_ptr + latent + 1))
-    cols = tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row, total = _sum_entries(
         owners_ptr, slots_ptr, coefficients_ptr, source_ptr, start, end, cols, d, UNROLL
     )
     tl.store(partials_ptr + number * d + cols, row, mask=cols < d)
-    tl.store(partial_sums_ptr + number, total)
+    tl.store(partial_sums_ptr + number, total, mask=tl.program_id(1) == 0)
 
 
 @jit
@@ -126,7 +126,8 @@ def _rows_kernel(
     if ADAM:  # noqa: SIM102  Triton's `and` evaluates both sides, and without Adam there are no scalars
         if tl.load(scalars_ptr + 5) != 0:
             return
-    cols = tl.arange(0, BLOCK_D)
+    first_block = tl.program_id(1) == 0
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < d
     start = tl.load(starts_ptr + latent)
     end = tl.minimum(start + chunk, tl.load(starts_ptr + latent + 1))
@@ -178,23 +179,24 @@ def _rows_kernel(
                 beta2_rest,
                 eps,
             )
-            tl.store(bias_ptr + latent, b)
-            tl.store(bias_m_ptr + latent, m_b)
-            tl.store(bias_v_ptr + latent, v_b)
+            tl.store(bias_ptr + latent, b, mask=first_block)
+            tl.store(bias_m_ptr + latent, m_b, mask=first_block)
+            tl.store(bias_v_ptr + latent, v_b, mask=first_block)
     else:
         tl.store(g_w_ptr + offsets, row, mask=mask)
-        tl.store(g_b_ptr + latent, total)
+        tl.store(g_b_ptr + latent, total, mask=first_block)
 
 
-def _config(d: int) -> tuple[dict[str, int], int]:
-    """Blocks and number of warps for rows of d: 8 or 16 elements a thread.
+def _config(d: int, whole: bool = False) -> tuple[dict[str, int], int, int]:
+    """Blocks, number of warps, and blocks to a row of d, which is `whole` in one where its norm is asked for.
 
-    Entries are taken 8 or 4 at a time; fewer where loads go by element, one by one where a row alone fills the registers.
+    A thread has 8 or 16 elements. Entries are taken 8 or 4 at a time; fewer where loads go by element, one by one where a
+    row alone fills the registers.
     """
-    block_d = next_power_of_2(d)
+    block_d = next_power_of_2(d) if whole else min(next_power_of_2(d), BLOCK_D)
     num_warps = 4 if block_d <= 1024 else 8 if block_d <= 4096 else block_d // 512
     unroll = 1 if block_d > 8192 else 8 if block_d <= 1024 and d % 8 == 0 else 4
-    return {"BLOCK_D": block_d, "UNROLL": unroll}, num_warps
+    return {"BLOCK_D": block_d, "UNROLL": unroll}, num_warps, cdiv(d, block_d)
 
 
 def _partials(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +204,10 @@ def _partials(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tens
     n_chunks, d = len(t.chunk_latents), source.shape[1]
     rows = source.new_empty(n_chunks, d, dtype=torch.float32)
     sums = source.new_empty(n_chunks, dtype=torch.float32)
-    blocks, num_warps = _config(d)
+    blocks, num_warps, n_blocks = _config(d)
     launch(
         _partial_kernel,
-        (n_chunks,),
+        (n_chunks, n_blocks),
         num_warps=num_warps,
         starts_ptr=t.starts,
         owners_ptr=t.owners,
@@ -247,10 +249,10 @@ def rows_triton(
 ) -> None:
     """Write g_W and g_b, or update W in place where it is given."""
     partials, partial_sums = _partials(t, coefficients, source)
-    blocks, num_warps = _config(source.shape[1])
+    blocks, num_warps, n_blocks = _config(source.shape[1], whole=project or renormalise or l1_rows)
     launch(
         _rows_kernel,
-        (len(t.starts) - 1,),
+        (len(t.starts) - 1, n_blocks),
         num_warps=num_warps,
         starts_ptr=t.starts,
         owners_ptr=t.owners,

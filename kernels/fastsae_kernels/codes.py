@@ -35,10 +35,10 @@ def check_codes(codes: Codes, like: Tensor) -> None:
     check("codes.indices", indices, (None, None), dtypes=integers, like=like)
     check("codes.values", values, tuple(indices.shape), like=like)
     check("codes.counts", counts, (None,), dtypes=integers, like=like)
-    n_rows, batch = len(indices), len(counts)
+    n_rows, batch = indices.shape[0], counts.shape[0]  # not len: that makes an integer of a symbol
     if starts is not None:
         check("codes.tail_starts", starts, (batch + 1,), dtypes=integers, like=like)
-    if n_rows < batch or (n_rows > batch and starts is None):
+    if n_rows < batch or (starts is None and n_rows > batch):
         raise ValueError(
             f"codes.indices has {n_rows} rows, but must have {batch}, as codes.counts, or more with codes.tail_starts"
         )
@@ -72,11 +72,13 @@ class Rows(NamedTuple):
 
 def rows(codes: Codes) -> Rows:
     """Owner and length of every row; no wait for the device."""
-    (n_rows, width), batch = codes.indices.shape, len(codes.counts)
+    (n_rows, width), batch = codes.indices.shape, codes.counts.shape[0]
     owners = torch.arange(batch, device=codes.counts.device, dtype=torch.int32)
     lengths = codes.counts.clamp(max=width)
-    if codes.tail_starts is None or n_rows == batch:
+    if codes.tail_starts is None:
         return Rows(owners, lengths)
+    if not batch:
+        return Rows(codes.counts.new_zeros(n_rows), codes.counts.new_zeros(n_rows))
     tail = torch.arange(n_rows - batch, device=codes.counts.device, dtype=torch.int32)
     owner = torch.searchsorted(codes.tail_starts, tail, right=True, out_int32=True) - 1
     free = owner >= batch

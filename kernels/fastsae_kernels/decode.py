@@ -103,8 +103,12 @@ def decode_ref(acts: Tensor | Codes, W_dec: Tensor, b_dec: Tensor | None = None)
 def tile(width: int, d: int) -> dict[str, int]:
     """Blocks for a tile of W_dec's rows: half a warp's worth of entries before wide chunks, TILE elements in all."""
     block_k = min(next_power_of_2(width), 32)
-    size = TILE if d % 8 == 0 else TILE // 2  # loads by element take more registers than vectors
-    return {"BLOCK_K": block_k, "BLOCK_D": min(next_power_of_2(d), 512, size // block_k)}
+    return {"BLOCK_K": block_k, "BLOCK_D": min(next_power_of_2(d), 512, tile_size(d) // block_k)}
+
+
+def tile_size(d: int) -> int:
+    """Elements of a tile: loads by element, where rows are not aligned, take more registers than vectors."""
+    return TILE if d % 8 == 0 else TILE // 2
 
 
 def _decode_triton(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -254,7 +258,7 @@ def _backward(ctx, g):
     if ctx.needs_input_grad[1]:
         g_values = _g_values(indices, values, counts, starts, W_dec, g)
     if ctx.needs_input_grad[4]:
-        t = transpose(Codes(indices, values, counts, starts), len(W_dec))
+        t = transpose(Codes(indices, values, counts, starts), W_dec.shape[0])
         g_W_dec = grad_rows(t, values, g)[0].to(W_dec.dtype)
     sums = torch.promote_types(g.dtype, torch.float32)
     g_b = g.sum(0, dtype=sums).to(ctx.b_dtype) if ctx.needs_input_grad[5] else None
@@ -268,8 +272,8 @@ def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """x_hat = acts @ W_dec + b_dec, one gathered row of W_dec per active latent. Differentiable.
 
     Args:
-        codes: of `batch` inputs. Indices must lie in [0, d_sae), which is not checked. Values any float dtype; the plain
-            torch form rounds them to W_dec's.
+        codes: of `batch` inputs. Indices must lie in [0, d_sae) and be different within a row, which is not checked. Values any
+            float dtype; the plain torch form rounds them to W_dec's.
         W_dec: [d_sae, d_out], contiguous.
         b_dec: [d_out] or None, any float dtype.
     Returns: x_hat [batch, d_out] in W_dec's dtype; sums are kept in fp32. The gradient of W_dec is dense, that of
@@ -280,7 +284,7 @@ def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     check_codes(codes, W_dec)
     if b_dec is not None:
         check("b_dec", b_dec, (W_dec.shape[1],), like=W_dec)
-    if not len(W_dec) and codes.indices.numel():
+    if W_dec.shape[0] == 0 and codes.indices.numel():
         raise ValueError("W_dec has no rows, but codes.indices has slots")
     x_hat: Tensor = _decode(*codes, W_dec, b_dec)
     return x_hat

@@ -3,7 +3,7 @@
 x_hat = acts W_dec + b_dec, error = x_hat - target, mse_b = sum_i error_bi^2, g = 2/batch error (the gradient at x_hat of
 mean_b mse_b) and g_values_bj = W_dec_j · g_b + l1/batch norm_j. The squared error is separable over coordinates, so a
 program takes a chunk of columns, gathers that part of its row's W_dec rows once, and has x_hat, loss, g and its share
-of g_values from the same tile; x_hat need never be stored. Rows with more entries than a tile read it again from L1.
+of g_values from the same tile; x_hat need never be stored. Rows with a tail, or more entries than a tile, read it again from L1.
 Bound: memory, n_active * d_out * itemsize bytes, mostly from L2. Source: the separability is ours; Gao et al.,
 arXiv:2406.04093, appendix D, gather twice.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsae_kernels._launch import FLOATS, backend, check, jit, launch, next_power_of_2, tl
 from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, rows, slots_of, to_dense
-from fastsae_kernels.decode import TILE, bag_sums, gathered_dots
+from fastsae_kernels.decode import bag_sums, gathered_dots, tile_size
 
 MAX_ONE_TILE = 128  # slots in a row for which a tile of 64 columns still holds all of its entries
 
@@ -34,11 +34,11 @@ class DecodeLoss(NamedTuple):
 
 @jit
 def _l1_terms(norms_ptr, latent, value, taken, HAS_NORMS: tl.constexpr):
-    """|value_j| norm_j for the loss, and norm_j where it has a gradient."""
+    """relu(value_j) norm_j for the loss, and norm_j where it has a gradient."""
     norm = tl.where(taken, 1.0, 0.0)
     if HAS_NORMS:
         norm = tl.load(norms_ptr + latent, mask=taken, other=0.0).to(tl.float32)
-    return value * norm, tl.where(value > 0, norm, 0.0)
+    return tl.where(value < 0, 0.0, value) * norm, tl.where(value > 0, norm, 0.0)
 
 
 @jit
@@ -78,7 +78,10 @@ def _decode_loss_kernel(
     mse = 0.0
     entry = tl.arange(0, BLOCK_K)
 
-    if ONE_TILE:
+    one_tile = ONE_TILE
+    if HAS_TAIL:
+        one_tile = ONE_TILE and n <= width  # a row without a tail of its own
+    if one_tile:
         taken = entry < n
         slots = row * width + entry
         latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
@@ -104,7 +107,7 @@ def _decode_loss_kernel(
             if HAS_X_HAT:
                 tl.store(x_hat_ptr + at, x_hat.to(x_hat_ptr.dtype.element_ty), mask=col_mask)
             dots += tl.sum(w * g[None, :], axis=1)
-        tl.store(g_values_ptr + slots, dots, mask=entry < width)
+        tl.store(g_values_ptr + slots, tl.where(taken, dots, 0.0), mask=entry < width)  # where g is NaN too
     else:
         l1 = 0.0
         for start in range(0, n, BLOCK_K):
@@ -187,10 +190,11 @@ def _decode_loss_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (n_rows, width), (batch, d) = codes.indices.shape, target.shape
     has_tail = codes.tail_starts is not None
-    one_tile = not has_tail and width <= MAX_ONE_TILE
+    one_tile = width <= MAX_ONE_TILE
     block_k = next_power_of_2(width) if one_tile else min(next_power_of_2(width), 32)
     g = W_dec.new_empty(batch, d, dtype=out_dtype)
-    allocate = torch.empty_like if one_tile else torch.zeros_like  # the general form stores taken slots only
+    # the general form stores taken slots only
+    allocate = torch.empty_like if one_tile and not has_tail else torch.zeros_like
     g_values = allocate(codes.values, dtype=torch.float32)
     mse = W_dec.new_empty(batch, dtype=torch.float32)
     l1_rows = torch.empty_like(mse)
@@ -222,7 +226,7 @@ def _decode_loss_triton(
         HAS_X_HAT=return_x_hat,
         ONE_TILE=one_tile,
         BLOCK_K=block_k,
-        BLOCK_D=min(next_power_of_2(d), 256, TILE // block_k),
+        BLOCK_D=min(next_power_of_2(d), 256, tile_size(d) // block_k),
     )
     return g, g_values, mse, l1_rows, x_hat
 
@@ -247,9 +251,9 @@ def _decode_loss_torch(
     g_values = gathered_dots(codes, taken, W_dec, g, sums)
     values = codes.values.to(sums)
     norm = torch.ones_like(values) if norms is None else norms.to(sums)[codes.indices]
-    slot_sums = (values * norm).sum(1)  # a free slot holds index 0, value 0, and so adds nothing
+    slot_sums = (values.relu() * norm).sum(1)  # a free slot holds index 0, value 0, and so adds nothing
     l1_rows = slot_sums[: len(target)]
-    if codes.tail_starts is not None:
+    if codes.tail_starts is not None and len(target):
         l1_rows = l1_rows.index_add(0, rows(codes).owners[len(target) :], slot_sums[len(target) :])
     if l1 is not None:
         g_values += torch.ops.aten.threshold_backward(norm, values, 0).mul_(l1.to(sums) / batch)
@@ -325,7 +329,7 @@ def decode_loss(
         g_values: fp32, shaped as codes.values: W_dec_j · g, of g before it is rounded to out_dtype (the plain torch form
             rounds it to W_dec's dtype), plus l1/batch * norms_j where the value is > 0. 0 in free slots.
         mse: fp32 [batch], sum of the squared error over d_out.
-        l1: fp32 [batch], sum of value * norm, also where the argument l1 is None.
+        l1: fp32 [batch], sum of relu(value) * norm, also where the argument l1 is None.
         g_sum: fp32 [d_out], the column sums of g as stored.
         finite: bool scalar, whether the sum of all mse and l1 is finite.
         x_hat: [batch, d_out], or None.
@@ -333,7 +337,7 @@ def decode_loss(
     """
     check("W_dec", W_dec, (None, None))
     check_codes(codes, W_dec)
-    (d_sae, d_out), batch = W_dec.shape, len(codes.counts)
+    (d_sae, d_out), batch = W_dec.shape, codes.counts.shape[0]
     check("b_dec", b_dec, (d_out,), like=W_dec)
     check("target", target, (batch, d_out), like=W_dec)
     if l1 is not None:

@@ -8,7 +8,7 @@ reading pass for the maxima: it costs 184 / d_in of the product's time more at a
 for wide inputs, where the vendor's product is hard to beat.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,12 @@ from torch import Tensor
 from fastsae_kernels._launch import (
     FLOATS,
     INTERPRET,
-    Capability,
     backend,
-    capability,
     cdiv,
     check,
     jit,
     launch,
+    shared_bytes,
     tl,
 )
 
@@ -31,6 +30,37 @@ LIBRARY_FROM_D_IN = 2048  # E: the extra read is below 9% of the product from he
 CHUNK_ROWS = 512  # rows of one product on a CPU: its block of pre_acts is still in the cache for the maxima
 
 Variant = Literal["auto", "fused", "library"]
+
+
+class Tile(NamedTuple):
+    """Block sizes of the product, [batch, d_sae, d_in], warps and stages."""
+
+    b: int
+    n: int
+    d: int
+    num_warps: int
+    num_stages: int
+
+
+# By the operands' width, the largest first. Where rows are not aligned, loads go element by element through registers, which
+# the large tiles lack.
+TILES = {
+    2: (Tile(128, 256, 64, 8, 3), Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
+    4: (Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 2)),
+}
+UNALIGNED_TILES = {2: Tile(128, 128, 32, 8, 2), 4: Tile(128, 64, 32, 8, 2)}
+INTERPRETED_TILE = Tile(16, 64, 16, 4, 1)
+
+
+def _tile(device: torch.device, itemsize: int, d_in: int) -> Tile:
+    """The first whose stages fit into shared memory: of one program on a multiprocessor with 227 KB (wgmma), else of two."""
+    if INTERPRET:
+        return INTERPRETED_TILE
+    if d_in % 16:
+        return UNALIGNED_TILES[itemsize]
+    limit = shared_bytes(device)
+    limit = limit if limit > 200_000 else limit // 2
+    return next(t for t in TILES[itemsize] if t.num_stages * (t.b + t.n) * t.d * itemsize <= limit)
 
 
 @jit
@@ -53,6 +83,7 @@ def _encode_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     EVEN_D: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,6 +123,8 @@ def _encode_kernel(
     out = acc.to(out_ptr.dtype.element_ty)
     row, col = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N)
     inside_b, inside_n = row < batch - row0, col < d_sae - col0
+    if WIDE:
+        row = row.to(tl.int64)  # a tile of rows has 2^31 elements
     tl.store(
         out_ptr + row0 * d_sae + col0 + (row[:, None] * d_sae + col[None, :]),
         out,
@@ -161,45 +194,30 @@ def group_max_triton(pre_acts: Tensor) -> Tensor:
     return group_max
 
 
-class _Tile:
-    """Block sizes of the product: [batch, d_sae, d_in], warps and stages."""
-
-    def __init__(self, b: int, n: int, d: int, num_warps: int, num_stages: int) -> None:
-        self.blocks = {"BLOCK_B": b, "BLOCK_N": n, "BLOCK_D": d}
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
-
-
-def _tile(gpu: Capability, itemsize: int, d_in: int) -> _Tile:
-    """By capability and operand width: the largest tile whose stages fit into shared memory without spills."""
-    if INTERPRET:
-        return _Tile(16, 64, 16, 4, 1)
-    if (
-        d_in % 16
-    ):  # rows are not aligned: loads go element by element through registers, which the large tiles lack
-        return _Tile(128, 128, 32, 8, 2) if itemsize == 2 else _Tile(128, 64, 32, 8, 2)
-    if gpu[0] == 9:
-        return _Tile(128, 256, 64, 8, 3) if itemsize == 2 else _Tile(128, 128, 32, 8, 4)
-    if gpu == (8, 0):
-        return _Tile(128, 256, 32, 8, 3) if itemsize == 2 else _Tile(128, 128, 32, 8, 3)
-    return _Tile(128, 128, 32, 8, 3) if itemsize == 2 else _Tile(128, 64, 32, 4, 2)
-
-
 def _encode_triton(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool, out_dtype: torch.dtype, variant: str
 ) -> tuple[Tensor, Tensor]:
     (batch, d_in), d_sae = x.shape, W_enc.shape[1]
+    if variant == "auto":
+        exact = (
+            x.dtype == torch.float32 and _dot_precision(x) == "ieee"
+        )  # no tensor cores: the vendor's by far
+        same = b_enc.dtype == x.dtype  # else "library" would round the bias
+        variant = "library" if same and (exact or d_in >= LIBRARY_FROM_D_IN) else "fused"
     if variant == "library" and out_dtype == x.dtype:
         pre_acts = torch.addmm(b_enc.to(x.dtype), x, W_enc)
         if relu:
             pre_acts.relu_()
         return pre_acts, group_max_triton(pre_acts)
-    tile = _tile(capability(x.device), x.element_size(), d_in)
+    tile = _tile(x.device, x.element_size(), d_in)
     n_groups = cdiv(d_sae, GROUP)
     pre_acts = x.new_empty(batch, d_sae, dtype=out_dtype)
     group_max = x.new_empty(batch, n_groups, dtype=out_dtype)
     launch(
         _encode_kernel,
-        (cdiv(batch, tile.blocks["BLOCK_B"]) * cdiv(d_sae, tile.blocks["BLOCK_N"]),),
+        (cdiv(batch, tile.b) * cdiv(d_sae, tile.n),),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         x_ptr=x,
         w_ptr=W_enc.T,
         b_ptr=b_enc,
@@ -212,11 +230,13 @@ def _encode_triton(
         RELU=relu,
         PRECISION=_dot_precision(x),
         UPCAST=INTERPRET and x.dtype == torch.bfloat16,
-        EVEN_D=d_in % tile.blocks["BLOCK_D"] == 0,
+        EVEN_D=d_in % tile.d == 0,
+        WIDE=tile.b * d_sae >= 2**31,
         GROUP=GROUP,
+        BLOCK_B=tile.b,
+        BLOCK_N=tile.n,
+        BLOCK_D=tile.d,
         SUPER=8,
-        **tile.blocks,
-        **tile.options,
     )
     return pre_acts, group_max
 
@@ -232,7 +252,7 @@ def _encode_torch(
 ) -> tuple[Tensor, Tensor]:
     """Row chunks, so that the maxima are taken from the cache; half precision in fp32 where the CPU has none."""
     (batch, _), d_sae = x.shape, W_enc.shape[1]
-    product_dtype = x.dtype if _has_fast_products(x) else torch.float32
+    product_dtype = x.dtype if has_fast_products(x) else torch.float32
     W, b = W_enc.to(product_dtype), b_enc.to(product_dtype)
     pre_acts = x.new_empty(batch, d_sae, dtype=out_dtype)
     group_max = x.new_empty(batch, cdiv(d_sae, GROUP), dtype=out_dtype)
@@ -254,7 +274,7 @@ def _encode_torch(
     return pre_acts, group_max
 
 
-def _has_fast_products(x: Tensor) -> bool:
+def has_fast_products(x: Tensor) -> bool:
     """Whether torch has fast products in x's dtype on its device; on CPUs without bf16 or fp16 they take 8x fp32's time."""
     if x.device.type != "cpu" or x.dtype in (torch.float32, torch.float64):
         return True
@@ -315,13 +335,14 @@ def encode(
     Args:
         x: [batch, d_in], any float dtype; the product's operands have W_enc's.
         W_enc: [d_in, d_sae], a transposed view of a contiguous [d_sae, d_in].
-        b_enc: [d_sae], the product's dtype or fp32; added in fp32.
+        b_enc: [d_sae], W_enc's dtype or fp32. Added in fp32; "library", and a CPU with units for W_enc's dtype, round it to that first.
         b_dec: [d_in], subtracted from x before that is rounded to W_enc's dtype. A caller that needs the centred x anyway
             passes that and leaves this out.
         relu: store relu(pre_acts).
         out_dtype: of both outputs; by default W_enc's.
         variant: on a GPU, "fused" is one Triton kernel, "library" the vendor's product and a reading pass (fp32 sums and
-            W_enc's dtype only); "auto" takes "library" for d_in of 2048 and more. The two may differ in the last bit.
+            W_enc's dtype only); "auto" takes "library" for d_in of 2048 and more and for fp32 without TF32, unless it would
+            round b_enc. The two may differ in the last bit.
     Returns:
         pre_acts [batch, d_sae], and group_max [batch, ceil(d_sae / 32)]: of the values as stored; NaN where a group has one.
         group_max is not differentiable.
@@ -339,8 +360,6 @@ def encode(
         raise ValueError(f"W_enc is {list(W_enc.shape)}; both sizes must be at least 1")
     if variant not in ("auto", "fused", "library"):
         raise ValueError(f"variant is {variant!r}, but must be one of: auto, fused, library")
-    if variant == "auto":
-        variant = "library" if d_in >= LIBRARY_FROM_D_IN else "fused"
     if out_dtype is not None and out_dtype not in FLOATS:
         raise ValueError(f"out_dtype is {out_dtype}, but must be a floating dtype")
     outputs: tuple[Tensor, Tensor] = _encode(

@@ -105,13 +105,13 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     x, W_enc, b_dec, indices, values, counts, starts = ctx.saved_tensors
     g_values = g_values * (values != 0)  # free slots; NaN is not 0
-    codes = Codes(indices, g_values, counts, starts if len(starts) else None)
+    codes = Codes(indices, g_values, counts, starts if starts.shape[0] else None)
     centred = (x if b_dec is None else x - b_dec).to(W_enc.dtype)
     g_W_enc, g_b_enc = grad_rows(transpose(codes, W_enc.shape[1]), g_values, centred)
     g_x = decode(codes, W_enc.T).to(x.dtype) if ctx.needs_input_grad[0] else None
     g_b_dec = None
     if b_dec is not None and ctx.needs_input_grad[3]:
-        g_b_dec = -(W_enc.to(g_b_enc.dtype) @ g_b_enc).to(b_dec.dtype)
+        g_b_dec = -(W_enc @ g_b_enc.to(W_enc.dtype)).to(b_dec.dtype)
     return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None
 
 
@@ -144,6 +144,8 @@ def encode_codes(
     """
     check("W_enc.T", W_enc.T, (None, None))
     check("x", x, (None, W_enc.shape[0]), like=W_enc)
+    if not W_enc.numel():
+        raise ValueError(f"W_enc is {list(W_enc.shape)}; both sizes must be at least 1")
     if k is not None and threshold is not None:
         raise ValueError(f"k is {k} and threshold is given, but only one of them can choose")
     if k is not None and not 1 <= k <= W_enc.shape[1]:

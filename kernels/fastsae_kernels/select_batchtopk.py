@@ -145,7 +145,7 @@ def _select_batchtopk_triton(
     n_blocks = cdiv(group_max.numel(), BLOCK)
     launch(
         _bound_kernel,
-        (min(n_blocks, 2 if INTERPRET else 4 * n_multiprocessors(pre_acts.device)),),
+        (min(n_blocks, 2 if INTERPRET else 3 * n_multiprocessors(pre_acts.device)),),
         gmax_ptr=group_max,
         histogram_ptr=histogram,
         n=group_max.numel(),

@@ -125,7 +125,7 @@ def select_threshold(
         width: slots per row; by default as many as the fullest row needs, which waits for the device.
         n_tail: rows behind the batch for what exceeds width. None: as many as are needed, which waits for the device.
             With too few, `codes.missing` says how many latents found no slot; counts stay true.
-        threshold: [d_sae] fp32 (or fp64), JumpReLU: active iff pre_acts > threshold. None is ReLU: 0 for all.
+        threshold: [d_sae] fp32 (or fp64, which counts as fp32 beside other pre_acts), JumpReLU: active iff pre_acts > threshold. None is ReLU: 0 for all.
         bandwidth: latents with threshold - bandwidth / 2 < pre_acts <= threshold get a slot too, with value 0; they count in
             `counts`. For the gradient of the threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
     Returns:
@@ -137,7 +137,7 @@ def select_threshold(
     if threshold is not None:
         floats = (torch.float32, torch.float64)
         check("threshold", threshold, (pre_acts.shape[1],), dtypes=floats, like=pre_acts)
-        threshold = threshold.detach()
+        threshold = threshold.detach().to(torch.promote_types(pre_acts.dtype, torch.float32))
     elif bandwidth:
         raise ValueError(f"bandwidth is {bandwidth}, but ReLU has no band: give a threshold or leave it 0")
     if not 0 <= bandwidth < float("inf"):

@@ -177,10 +177,17 @@ def _transpose_torch(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return starts, torch.nn.functional.pad(owners, (0, unused)), torch.nn.functional.pad(slots, (0, unused))
 
 
+def _check_slots(n_slots: int | torch.SymInt) -> None:
+    """Not of a symbol, which torch.compile could only guard on; the op itself has the number."""
+    if isinstance(n_slots, int) and n_slots >= 2**31:
+        raise ValueError(f"codes.indices has {n_slots} slots, but must have fewer than 2^31")
+
+
 @torch.library.custom_op("fastsae::transpose", mutates_args=())
 def _transpose(
     indices: Tensor, counts: Tensor, tail_starts: Tensor | None, d_sae: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_slots(indices.numel())
     codes = Codes(indices, indices, counts, tail_starts)  # the values play no part
     form = _transpose_triton if backend(indices) == "triton" else _transpose_torch
     starts, owners, slots = form(codes, d_sae)
@@ -196,6 +203,7 @@ def _transpose(
 def _(
     indices: Tensor, counts: Tensor, tail_starts: Tensor | None, d_sae: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_slots(indices.numel())
     starts, slots = counts.new_empty(d_sae + 1), counts.new_empty(indices.numel())
     return (
         starts,
@@ -218,8 +226,6 @@ def transpose(codes: Codes, d_sae: int, *, chunk: int = 64) -> Transposed:
     """
     check_codes(codes, codes.indices)
     indices, counts = codes.indices, codes.counts
-    if indices.numel() >= 2**31:
-        raise ValueError(f"codes.indices has {indices.numel()} slots, but must have fewer than 2^31")
     if d_sae < 1 or chunk < 1:
         raise ValueError(f"d_sae is {d_sae} and chunk {chunk}, but both must be at least 1")
     starts, owners, slots, chunk_starts, chunk_latents = _transpose(

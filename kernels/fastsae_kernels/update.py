@@ -24,6 +24,35 @@ def grad_rows_ref(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[
     return dense.to(source.dtype).T @ source, dense.sum(0)
 
 
+def update_rows_ref(
+    t: Transposed,
+    coefficients: Tensor,
+    source: Tensor,
+    W: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    scalars: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    project: bool = False,
+    renormalise: bool = False,
+    l1_rows: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new W, m and v. A bias is a W of one column, with source 1."""
+    lr, c1, c2, grad_scale, l1, _ = scalars
+    g, sums = grad_rows_ref(t, coefficients, source)
+    if l1_rows:
+        g = g + l1 * sums[:, None] * W / W.norm(dim=1, keepdim=True)
+    if project:
+        g = g - (g * W).sum(1, keepdim=True) * W
+    g = g * grad_scale
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    W = W - lr * (m / c1) / ((v / c2).sqrt() + eps)
+    return W / W.norm(dim=1, keepdim=True) if renormalise else W, m, v
+
+
 def _bag_sums(coefficients: Tensor, owners: Tensor, starts: Tensor, source: Tensor) -> Tensor:
     """Rows of the gradient by embedding_bag, which adds up a bag in order in one thread: the same bits every time."""
     if not len(owners):  # embedding_bag wants a row in `source`
@@ -211,12 +240,10 @@ def _check(t: Transposed, coefficients: Tensor, source: Tensor) -> None:
     for name, tensor in t._asdict().items():
         if isinstance(tensor, Tensor):
             check(f"t.{name}", tensor, (None,), dtypes=(torch.int32,), like=source)
-    if coefficients.numel() != len(t.slots):
+    if coefficients.numel() != t.slots.shape[0]:
         raise ValueError(
-            f"coefficients has {coefficients.numel()} slots, but the codes that were transposed {len(t.slots)}"
+            f"coefficients has {coefficients.numel()} slots, but the codes that were transposed {t.slots.shape[0]}"
         )
-    if source.shape[1] > MAX_D and backend(source) == "triton":
-        raise ValueError(f"rows have {source.shape[1]} elements, but the Triton form holds at most {MAX_D}")
 
 
 def grad_rows(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,12 +252,12 @@ def grad_rows(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tens
     Args:
         t: from `transpose`.
         coefficients: [rows, width] as the codes' indices, any float dtype.
-        source: [batch, d], any float dtype; d up to 16384 on a GPU.
+        source: [batch, d], any float dtype.
     Returns: g_W [d_sae, d] and g_b [d_sae], the sums of the coefficients alone; fp32, fp64 where source is.
     Raises: ValueError for a shape, dtype, device or layout that does not fit.
     """
     _check(t, coefficients, source)
-    g_W, g_b = _grad_rows(*t, coefficients, source)
+    g_W, g_b = _grad_rows(*t, coefficients.detach(), source.detach())
     return g_W, g_b
 
 
@@ -266,17 +293,22 @@ def update_rows(
         shadow: [d_sae, d] in any float dtype, gets the new W, rounded.
         project: take from each gradient row its part along the row of W, which must have norm 1.
         renormalise: bring the new rows to norm 1.
-        l1_rows: add the gradient of scalars[4] * sum_e coefficient_e * ||W_j||, coefficients held.
+        l1_rows: add the gradient of scalars[4] * sum_e coefficient_e * ||W_j||, coefficients held. On a GPU these three are for d
+            up to 16384.
         bias, bias_m, bias_v: [d_sae] in W's dtype; a step of Adam with g_b.
     Raises: ValueError for a shape, dtype, device or layout that does not fit.
     """
     _check(t, coefficients, source)
-    n, d = len(t.starts) - 1, source.shape[1]
+    n, d = t.starts.shape[0] - 1, source.shape[1]
     own = (W.dtype,)
     check("W", W, (n, d), dtypes=(torch.float32, torch.float64), like=source)
     check("m", m, (n, d), dtypes=(*own, torch.bfloat16), like=source)
     check("v", v, (n, d), dtypes=own, like=source)
     check("scalars", scalars, (6,), dtypes=(torch.float32, *own), like=source)
+    if (project or renormalise or l1_rows) and d > MAX_D and backend(source) == "triton":
+        raise ValueError(
+            f"rows have {d} elements, but at most {MAX_D} can be projected, renormalised or take part in L1 on a GPU"
+        )
     if shadow is not None:
         check("shadow", shadow, (n, d), like=source)
     if len({bias is None, bias_m is None, bias_v is None}) > 1:

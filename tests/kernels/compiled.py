@@ -71,9 +71,9 @@ SHAPES = {
     "d16384": Shape(4096, 16384, 65536, 64, torch.bfloat16),
 }
 GPUS: dict[Capability, tuple[str, ...]] = {
-    (8, 0): ("d768", "d768 fp32", "d769", "d4096"),
-    (8, 6): ("d768", "d768 fp32", "d769 fp32", "d2304"),
-    (8, 9): ("d768",),  # has 8.6's configs
+    (8, 0): tuple(SHAPES),
+    (8, 6): tuple(SHAPES),
+    (8, 9): ("d768", "d769"),  # has 8.6's configs
     (9, 0): tuple(SHAPES),
 }
 
@@ -104,6 +104,8 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def update_rows(**options: Any) -> None:
         states = {name: empty(s.n, s.d) for name in ("W", "m", "v")}
+        if options.pop("bf16_m", False):
+            states["m"] = empty(s.n, s.d, dtype=torch.bfloat16)
         bias = {name: empty(s.n) for name in ("bias", "bias_m", "bias_v")} if options.pop("bias") else {}
         adam = {"scalars": empty(6), "betas": (0.9, 0.999), "eps": 1e-8, "shadow": of(s.n, s.d)}
         rows_triton(csc, empty(s.batch, s.k), x, **states, **adam, **bias, **options)
@@ -134,6 +136,7 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
     if not all_options:
         return
     yield "W_enc", lambda: update_rows(bias=True)
+    yield "bf16 m", lambda: update_rows(project=True, renormalise=True, bias=False, bf16_m=True)
     yield "free W_dec", lambda: update_rows(l1_rows=True, bias=False)
     yield "relu stored", lambda: _encode_triton(x, W_dec.T, empty(s.n), True, s.dtype, "fused")
     yield "jumprelu", lambda: _select_threshold_triton(pre, group_max, norms, 0.1, s.k, 64)
@@ -285,17 +288,21 @@ class _environment:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} in place of printing")
+    parser.add_argument("--write", action="store_true", help=f"put it into {TABLE.name}, by triton's version")
     write = parser.parse_args().write
     if INTERPRET:
         sys.exit("TRITON_INTERPRET is set: unset it, since interpreted kernels have no code")
     found = table()
-    lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found["kernels"].items())
-    text = f'{{"triton": "{found["triton"]}", "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
-    if write:
-        TABLE.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    if not write:
+        print(json.dumps(found))
+        return
+    tables = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+    tables[found["triton"]] = found["kernels"]
+    texts = []
+    for version, kernels in sorted(tables.items()):
+        lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+        texts.append(f"{json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n}")
+    TABLE.write_text("{\n" + ",\n".join(texts) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

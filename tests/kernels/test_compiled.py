@@ -52,11 +52,14 @@ def test_every_kernel_is_compiled(kernels: dict[str, Any]) -> None:
         assert {name.split(",")[0] for name in kernels if f", {gpu}," in name} == defined, gpu
 
 
-def test_no_kernel_spills(kernels: dict[str, Any]) -> None:
-    """Adam on rows of more than 8192 is the one exception: four fp32 rows of 16384 are all registers of a multiprocessor."""
+def test_no_kernel_spills(found: dict[str, Any], kernels: dict[str, Any]) -> None:
+    """Adam on rows of more than 8192 that are renormalised is the one exception: four fp32 rows of 16384 are all registers of a
+    multiprocessor. ptxas of triton 3.6 keeps a predicate of some selections on the stack, one store and one load a row."""
     spilled = {name: row["stack"] for name, row in kernels.items() if row["stack"] or row["local"]}
-    assert all("_rows_kernel" in name and "d16384, W_dec" in name for name in spilled), spilled
-    assert max(spilled.values(), default=0) <= 80
+    wide = {name for name in spilled if "_rows_kernel" in name and "d16384, W_dec" in name}
+    assert all(spilled[name] <= 40 for name in wide), spilled
+    allowed = 8 if found["triton"].startswith("3.6.") else 0
+    assert all(bytes <= allowed for name, bytes in spilled.items() if name not in wide), spilled
 
 
 def test_shared_memory_fits_the_device(kernels: dict[str, Any]) -> None:
@@ -75,12 +78,13 @@ def test_hopper_product_uses_its_tensor_cores(kernels: dict[str, Any]) -> None:
 
 
 def test_registers_are_the_committed_ones(found: dict[str, Any], kernels: dict[str, Any]) -> None:
-    committed = json.loads(TABLE.read_text(encoding="utf-8"))
-    if found["triton"] != committed["triton"]:
-        pytest.skip(f"the table is of triton {committed['triton']}, this is {found['triton']}")
+    tables = json.loads(TABLE.read_text(encoding="utf-8"))
+    if found["triton"] not in tables:
+        pytest.skip(f"the table is of triton {', '.join(tables)}, this is {found['triton']}")
+    committed = tables[found["triton"]]
     differ = {
-        name: (committed["kernels"].get(name), kernels.get(name))
-        for name in kernels.keys() | committed["kernels"].keys()
-        if committed["kernels"].get(name) != kernels.get(name)
+        name: (committed.get(name), kernels.get(name))
+        for name in kernels.keys() | committed.keys()
+        if committed.get(name) != kernels.get(name)
     }
     assert not differ, HOW

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae_kernels._launch import use_backend
-from fastsae_kernels.encode import GROUP, encode, encode_ref, group_max_ref
+from fastsae_kernels.encode import encode, encode_ref, group_max_ref
 from fastsae_kernels.testing import assert_as_accurate, assert_close, error
 from tests.kernels.forms import TRITON_DTYPES
 
@@ -103,5 +103,15 @@ def test_errors_name_what_is_wrong(device):
         encode(x, W_enc, b_enc, out_dtype=torch.int32)
 
 
-def test_group_is_two_sectors_of_bf16():
-    assert GROUP * torch.bfloat16.itemsize == 64
+@pytest.mark.parametrize("variant", ["auto", "fused"])
+@pytest.mark.parametrize("d_in", [64, 2048])
+def test_a_bias_in_fp32_is_not_rounded(d_in, variant, device):
+    """It decides which latents near a threshold are active, whatever the width of the product's operands."""
+    x, W_enc, _, _ = make(5, d_in, 40, torch.float16, device)
+    b_enc = torch.full((40,), -3.0237, device=device)
+    with use_backend("triton"):
+        got, _ = encode(x, W_enc, b_enc, variant=variant)
+    truth = (x.double() @ W_enc.double() + b_enc.double()).half()
+    assert (got - truth).abs().max() <= torch.finfo(torch.float16).eps * truth.abs().max()
+    zeros, _ = encode(torch.zeros_like(x), W_enc, b_enc, variant=variant)
+    assert torch.equal(zeros, b_enc.half().expand_as(zeros))

@@ -17,6 +17,7 @@ from fastsae_kernels.decode import decode
 from fastsae_kernels.decode_loss import decode_loss
 from fastsae_kernels.dense_loss import dense_codes_grad
 from fastsae_kernels.encode import encode, encode_ref
+from fastsae_kernels.encode_codes import encode_codes
 from fastsae_kernels.select_batchtopk import select_batchtopk
 from fastsae_kernels.select_threshold import select_threshold
 from fastsae_kernels.select_topk import select_topk, select_topk_ref
@@ -142,9 +143,16 @@ def test_no_op_with_its_sizes_given_waits(device):
     k, x = w.shape.k, w.x[0]
     codes, t, pre, group_max = w.codes[0], w.transposed[0], w.pre[0], w.group_max[0]
     training = Training(w)
+    tailed = select_threshold(pre, group_max, width=k, n_tail=None)
+    leaves = [x.clone().requires_grad_(), w.W_dec.clone().requires_grad_()]
     torch.cuda.set_sync_debug_mode("error")
     try:
         select_threshold(pre, group_max, width=k, n_tail=99)
+        select_threshold(pre, group_max, width=k, n_tail=99, threshold=w.norms, bandwidth=0.1)
+        decode_loss(tailed, w.W_dec, w.b_dec, x)
+        grad_rows(transpose(tailed, w.shape.n), tailed.values, x)
+        sparse = encode_codes(leaves[0], leaves[1].T, w.zeros, k=k)
+        decode(sparse, leaves[1]).float().square().sum().backward()
         select_batchtopk(pre, k, group_max, width=k, n_tail=99)
         decode(codes, w.W_dec, training.b_dec)
         grad_rows(t, codes.values, x)

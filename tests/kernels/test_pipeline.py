@@ -99,6 +99,46 @@ def test_what_is_not_finite_sets_the_flag(select, backend, bad, device):
         assert out.mse[others].isfinite().all() and out.g[others].isfinite().all()
 
 
+@each_selection
+def test_compiles_whole_at_any_batch(select, device):
+    """Forward and backward in one graph, with sizes that only the data knows, and no second one for a second batch."""
+
+    def loss(x, W_encT, b_enc, W_dec):
+        codes = select(*ops.encode(x, W_encT.T, b_enc))
+        return ops.decode(codes, W_dec).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    p = parameters(device)
+    for batch in (6, 4, 5):
+        inputs = [
+            p["x"][:batch],
+            *(p[name].clone().requires_grad_() for name in ("W_encT", "b_enc", "W_dec")),
+        ]
+        got = torch.autograd.grad(compiled(*inputs), inputs[1:])
+        truth = torch.autograd.grad(loss(*inputs), inputs[1:])
+        assert all(torch.allclose(g, t) for g, t in zip(got, truth, strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["relu", "batchtopk"])
+def test_an_empty_batch_with_room_for_tails(name, backend, device):
+    p = parameters(device)
+    for n_tail in (0, 3):
+        selections = {
+            "relu": lambda pre, n=n_tail: ops.select_threshold(pre, width=4, n_tail=n),
+            "batchtopk": lambda pre, n=n_tail: ops.select_batchtopk(pre, 5, width=4, n_tail=n)[0],
+        }
+        with ops.use_backend(backend):
+            pre = torch.zeros(0, D_SAE, device=device, requires_grad=True)
+            codes = selections[name](pre)
+            assert ops.missing(codes) == 0 and ops.to_dense(codes, D_SAE).shape == (0, D_SAE)
+            assert ops.decode_loss(codes, p["W_dec"], p["b_dec"], p["x"][:0]).mse.shape == (0,)
+            assert not ops.grad_rows(ops.transpose(codes, D_SAE), codes.values, p["x"][:0])[0].any()
+            ops.decode(codes, p["W_dec"]).sum().backward()
+            assert pre.grad.shape == pre.shape
+
+
 def test_everything_works_without_triton():
     """As where there is no wheel of it (macOS, Windows): the import fails, and plain torch runs."""
     code = """

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from fastsae_kernels import update
+from fastsae_kernels import _rows, update
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, tail_starts, to_dense
 from fastsae_kernels.testing import assert_as_accurate, assert_close
 from fastsae_kernels.transpose import transpose
-from fastsae_kernels.update import grad_rows, grad_rows_ref, update_rows
+from fastsae_kernels.update import grad_rows, grad_rows_ref, update_rows, update_rows_ref
 from tests.kernels.forms import ALL_FORMS, FORMS, TRITON_HALVES
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -307,11 +307,12 @@ def test_shadow_is_the_new_weight_rounded(name, dtype, flags, device):
     assert torch.equal(shadow, got["W"].to(dtype)) and not torch.equal(got["W"], before)
 
 
-def test_bf16_momentum(device):
+@pytest.mark.parametrize("name", sorted({name for name, dtype in FORMS if dtype == torch.bfloat16}))
+def test_bf16_momentum(name, device):
     """The first step from zero: W as with fp32 momentum, m its rounding."""
     wide, narrow = state(11, 33, device), state(11, 33, device, m_dtype=torch.bfloat16)
     codes, source = to(make_codes(6, 11, 3), device), torch.randn(6, 33, device=device)
-    with use_backend("torch"):
+    with use_backend(name):
         for got in (wide, narrow):
             update_rows(
                 transpose(codes, 11),
@@ -398,6 +399,46 @@ def test_update_is_made_of_grad_rows(name, device, monkeypatch):
     assert torch.equal(got["m"], g_W) and torch.equal(got["bias_m"], g_b)
 
 
+def test_columns_in_blocks_are_the_same_bits(device, monkeypatch):
+    """As for rows that do not fit one program; every latent hot, so that there are partial sums too."""
+    codes, source = to(make_codes(40, 7, 5), device), torch.randn(40, 19, device=device)
+    found = []
+    for block in (32, 8):
+        monkeypatch.setattr(_rows, "BLOCK_D", block)
+        got = state(7, 19, device)
+        with use_backend("triton"):
+            t = transpose(codes, 7, chunk=3)
+            found.append(grad_rows(t, codes.values, source))
+            update_rows(
+                t, codes.values, source, **got, scalars=scalars_at(1, 0.01, device), betas=BETAS, eps=EPS
+            )
+        found[-1] += tuple(got.values())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=["plain", "unit", "free"])
+def test_ref_is_the_oracle(flags, device):
+    codes, source = make_codes(9, 13, 3), torch.randn(9, 17, dtype=torch.float64)
+    got = state(13, 17, "cpu", torch.float64)
+    oracle = Oracle(got["W"], got["bias"], torch.float64, 2.0**-9, flags, 0.75, 2.0**-4)
+    t, (W, m, v) = transpose(codes, 13), (got[name] for name in ("W", "m", "v"))
+    for step in (1, 2, 3):
+        oracle.step(codes, source, 13)
+        at = scalars_at(step, 2.0**-9, "cpu", torch.float64, scale=0.75, l1=2.0**-4)
+        W, m, v = update_rows_ref(
+            t, codes.values.double(), source, W, m, v, scalars=at, betas=BETAS, eps=EPS, **flags
+        )
+    for name, tensor in {"W": W, "m": m, "v": v}.items():
+        torch.testing.assert_close(tensor, oracle.tensors()[name], rtol=1e-10, atol=1e-13)
+
+
+def test_gradients_carry_no_graph(device):
+    codes = to(make_codes(5, 7, 3), device)
+    values = codes.values.clone().requires_grad_()
+    g_W, g_b = grad_rows(transpose(codes, 7), values, torch.ones(5, 4, device=device))
+    assert not g_W.requires_grad and not g_b.requires_grad
+
+
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_opcheck(name, device):
     codes = to(make_codes(5, 7, 3), device)
@@ -427,7 +468,7 @@ def test_errors(device):
     with pytest.raises(ValueError, match=r"t.owners is int64"):
         grad_rows(t._replace(owners=t.owners.long()), values, source)
     with use_backend("triton"), pytest.raises(ValueError, match=r"16385 elements.*at most 16384"):
-        grad_rows(t, values, torch.ones(5, 16385))
+        update_rows(t, values, torch.ones(5, 16385), *torch.ones(3, 7, 16385), **rest, project=True)
     with pytest.raises(ValueError, match=r"W is \[7, 8\], but must be \[7, 9\]"):
         update_rows(t, values, source, W[:, :8], m, v, **rest)
     with pytest.raises(ValueError, match=r"W is float16, but must be one of: float32, float64"):

@@ -63,6 +63,20 @@ def slots_of(entry, row, width, tail):
     return entry + tl.where(entry < width, row * width, tail)
 
 
+@jit
+def load_codes(indices_ptr, values_ptr, slots, taken):
+    """Latents (int64) and values (fp32) in the taken slots; 0 in the others."""
+    latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
+    return latent, tl.load(values_ptr + slots, mask=taken, other=0.0).to(tl.float32)
+
+
+@jit
+def load_rows(w_ptr, latent, cols, taken, col_mask, d):
+    """The columns `cols` of W_dec's rows, in fp32 [len(latent), len(cols)]; 0 where not taken."""
+    mask = taken[:, None] & col_mask[None, :]
+    return tl.load(w_ptr + latent[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
 class Rows(NamedTuple):
     """Per row of codes.indices, int32 [batch + n_tail]: the input that it belongs to, and how many of its slots are taken."""
 

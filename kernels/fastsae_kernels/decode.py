@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_power_of_2, tl
-from fastsae_kernels.codes import Codes, Entries, check_codes, entries, row_slots, slots_of, to_dense
+from fastsae_kernels.codes import (
+    Codes,
+    Entries,
+    check_codes,
+    entries,
+    load_codes,
+    load_rows,
+    row_slots,
+    slots_of,
+    to_dense,
+)
 from fastsae_kernels.transpose import transpose
 from fastsae_kernels.update import grad_rows
 
@@ -46,11 +56,8 @@ def _decode_kernel(
         entry = start + tl.arange(0, BLOCK_K)
         taken = entry < n
         slots = slots_of(entry, row, width, tail)
-        latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
-        value = tl.load(values_ptr + slots, mask=taken, other=0.0).to(tl.float32)
-        w = tl.load(  # [BLOCK_K, BLOCK_D]
-            w_ptr + latent[:, None] * d + cols[None, :], mask=taken[:, None] & col_mask[None, :], other=0.0
-        ).to(tl.float32)
+        latent, value = load_codes(indices_ptr, values_ptr, slots, taken)
+        w = load_rows(w_ptr, latent, cols, taken, col_mask, d)  # [BLOCK_K, BLOCK_D]
         acc += tl.sum(w * value[:, None], axis=0)
     if HAS_BIAS:
         acc += tl.load(b_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
@@ -85,11 +92,7 @@ def _g_values_kernel(
             cols = first + tl.arange(0, BLOCK_D)
             col_mask = cols < d
             g = tl.load(g_ptr + row * d + cols, mask=col_mask, other=0.0).to(tl.float32)
-            w = tl.load(  # [BLOCK_K, BLOCK_D]
-                w_ptr + latent[:, None] * d + cols[None, :],
-                mask=taken[:, None] & col_mask[None, :],
-                other=0.0,
-            ).to(tl.float32)
+            w = load_rows(w_ptr, latent, cols, taken, col_mask, d)  # [BLOCK_K, BLOCK_D]
             acc += tl.sum(w * g[None, :], axis=1)
         tl.store(g_values_ptr + slots, acc.to(g_values_ptr.dtype.element_ty), mask=taken)
 

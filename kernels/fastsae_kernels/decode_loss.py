@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import FLOATS, backend, check, jit, launch, next_power_of_2, tl
-from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, rows, slots_of, to_dense
+from fastsae_kernels.codes import (
+    Codes,
+    check_codes,
+    entries,
+    load_codes,
+    load_rows,
+    row_slots,
+    rows,
+    slots_of,
+    to_dense,
+)
 from fastsae_kernels.decode import bag_sums, gathered_dots, tile_size
 
 MAX_ONE_TILE = 128  # slots in a row for which a tile of 64 columns still holds all of its entries
@@ -39,6 +49,17 @@ def _l1_terms(norms_ptr, latent, value, taken, HAS_NORMS: tl.constexpr):
     if HAS_NORMS:
         norm = tl.load(norms_ptr + latent, mask=taken, other=0.0).to(tl.float32)
     return tl.where(value < 0, 0.0, value) * norm, tl.where(value > 0, norm, 0.0)
+
+
+@jit
+def _residual(target_ptr, g_ptr, x_hat_ptr, x_hat, at, col_mask, scale, HAS_X_HAT: tl.constexpr):
+    """g of a chunk of columns and their squared error; stores g, and x_hat where it is asked for."""
+    error = x_hat - tl.load(target_ptr + at, mask=col_mask, other=0.0).to(tl.float32)
+    g = error * scale
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=col_mask)
+    if HAS_X_HAT:
+        tl.store(x_hat_ptr + at, x_hat.to(x_hat_ptr.dtype.element_ty), mask=col_mask)
+    return g, tl.sum(error * error)
 
 
 @jit
@@ -84,8 +105,7 @@ def _decode_loss_kernel(
     if one_tile:
         taken = entry < n
         slots = row * width + entry
-        latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
-        value = tl.load(values_ptr + slots, mask=taken, other=0.0).to(tl.float32)
+        latent, value = load_codes(indices_ptr, values_ptr, slots, taken)
         terms, norm = _l1_terms(norms_ptr, latent, value, taken, HAS_NORMS)
         tl.store(l1_rows_ptr + row, tl.sum(terms))
         dots = l1_scale * norm
@@ -94,18 +114,10 @@ def _decode_loss_kernel(
             col_mask = cols < d
             at = row * d + cols
             x_hat = tl.load(b_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
-            w = tl.load(  # [BLOCK_K, BLOCK_D]
-                w_ptr + latent[:, None] * d + cols[None, :],
-                mask=taken[:, None] & col_mask[None, :],
-                other=0.0,
-            ).to(tl.float32)
+            w = load_rows(w_ptr, latent, cols, taken, col_mask, d)  # [BLOCK_K, BLOCK_D]
             x_hat += tl.sum(w * value[:, None], axis=0)
-            error = x_hat - tl.load(target_ptr + at, mask=col_mask, other=0.0).to(tl.float32)
-            mse += tl.sum(error * error)
-            g = error * scale
-            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=col_mask)
-            if HAS_X_HAT:
-                tl.store(x_hat_ptr + at, x_hat.to(x_hat_ptr.dtype.element_ty), mask=col_mask)
+            g, squared = _residual(target_ptr, g_ptr, x_hat_ptr, x_hat, at, col_mask, scale, HAS_X_HAT)
+            mse += squared
             dots += tl.sum(w * g[None, :], axis=1)
         tl.store(g_values_ptr + slots, tl.where(taken, dots, 0.0), mask=entry < width)  # where g is NaN too
     else:
@@ -113,8 +125,7 @@ def _decode_loss_kernel(
         for start in range(0, n, BLOCK_K):
             taken = start + entry < n
             slots = slots_of(start + entry, row, width, tail)
-            latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
-            value = tl.load(values_ptr + slots, mask=taken, other=0.0).to(tl.float32)
+            latent, value = load_codes(indices_ptr, values_ptr, slots, taken)
             terms, norm = _l1_terms(norms_ptr, latent, value, taken, HAS_NORMS)
             l1 += tl.sum(terms)
             tl.store(g_values_ptr + slots, l1_scale * norm, mask=taken)
@@ -127,30 +138,19 @@ def _decode_loss_kernel(
             for start in range(0, n, BLOCK_K):
                 taken = start + entry < n
                 slots = slots_of(start + entry, row, width, tail)
-                latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
-                value = tl.load(values_ptr + slots, mask=taken, other=0.0).to(tl.float32)
-                w = tl.load(  # [BLOCK_K, BLOCK_D]
-                    w_ptr + latent[:, None] * d + cols[None, :],
-                    mask=taken[:, None] & col_mask[None, :],
-                    other=0.0,
-                ).to(tl.float32)
+                latent, value = load_codes(indices_ptr, values_ptr, slots, taken)
+                w = load_rows(w_ptr, latent, cols, taken, col_mask, d)
                 x_hat += tl.sum(w * value[:, None], axis=0)
-            error = x_hat - tl.load(target_ptr + at, mask=col_mask, other=0.0).to(tl.float32)
-            mse += tl.sum(error * error)
-            g = error * scale
-            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=col_mask)
-            if HAS_X_HAT:
-                tl.store(x_hat_ptr + at, x_hat.to(x_hat_ptr.dtype.element_ty), mask=col_mask)
+            g, squared = _residual(target_ptr, g_ptr, x_hat_ptr, x_hat, at, col_mask, scale, HAS_X_HAT)
+            mse += squared
             tl.debug_barrier()  # the sums below were stored by other threads, maybe
             for start in range(0, n, BLOCK_K):
                 taken = start + entry < n
                 slots = slots_of(start + entry, row, width, tail)
                 latent = tl.load(indices_ptr + slots, mask=taken, other=0).to(tl.int64)
-                w = tl.load(  # [BLOCK_K, BLOCK_D], from L1: the loop above has just read it
-                    w_ptr + latent[:, None] * d + cols[None, :],
-                    mask=taken[:, None] & col_mask[None, :],
-                    other=0.0,
-                ).to(tl.float32)
+                w = load_rows(
+                    w_ptr, latent, cols, taken, col_mask, d
+                )  # from L1: the loop above has just read it
                 dots = tl.load(g_values_ptr + slots, mask=taken, other=0.0)
                 tl.store(g_values_ptr + slots, dots + tl.sum(w * g[None, :], axis=1), mask=taken)
     tl.store(mse_ptr + row, mse)

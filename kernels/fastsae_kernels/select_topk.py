@@ -190,7 +190,7 @@ def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bo
     fullest = int(lengths.max()) if batch else 0
     if fullest > 4 * k + GROUP:  # many tie at the bound: only the first k of them can be selected
         at_bound = key == _order_key(bound.flatten(), positive).index_select(0, row)
-        few = (~at_bound | (_rank(at_bound, starts, row) < k)).nonzero().squeeze(1)
+        few = _less_excess(torch.ones_like(at_bound), at_bound, row, lengths.new_full((batch,), k))
         row, latent, value, key = (t.index_select(0, few) for t in (row, latent, value, key))
         starts = row_starts(row, batch)
         lengths = starts.diff()
@@ -203,12 +203,10 @@ def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bo
         kappa = table.topk(k, dim=1, sorted=False).values.amin(1)
         cut = kappa.index_select(0, row)
         lengths = lengths.clamp(max=k)
-        kept = (key >= cut).nonzero().squeeze(1)
+        passed = key >= cut
+        kept = passed.nonzero().squeeze(1)
         if len(kept) > int(lengths.sum()):
-            wanted = k - (table > kappa[:, None]).sum(1)
-            ties = key == cut
-            first = ties & (_rank(ties, starts, row) < wanted.index_select(0, row))
-            kept = ((key > cut) | first).nonzero().squeeze(1)
+            kept = _less_excess(passed, key == cut, row, k - (table > kappa[:, None]).sum(1))
         row, latent, value = (t.index_select(0, kept) for t in (row, latent, value))
     return pack(row, latent, value, batch, k, 0, lengths)
 
@@ -257,11 +255,13 @@ def _order_key(x: Tensor, positive: bool) -> Tensor:
     )
 
 
-def _rank(flags: Tensor, starts: Tensor, row: Tensor) -> Tensor:
-    """Where an entry is flagged: how many before it in its row are."""
-    before = flags.cumsum(0) - flags.long()
-    at_start = torch.nn.functional.pad(before, (0, 1)).index_select(0, starts[:-1])
-    return before.sub_(at_start.index_select(0, row))
+def _less_excess(passed: Tensor, tied: Tensor, row: Tensor, wanted: Tensor) -> Tensor:
+    """Which entries passed, but of those that tie only the first wanted[row] of each row."""
+    tie = tied.nonzero().squeeze(1)
+    row = row.index_select(0, tie)
+    first = row_starts(row, len(wanted))[:-1] + wanted
+    excess = torch.arange(len(tie), device=tie.device) >= first.index_select(0, row)
+    return passed.index_fill_(0, tie[excess], False).nonzero().squeeze(1)
 
 
 @torch.library.custom_op("fastsae::select_topk", mutates_args=())

@@ -187,6 +187,7 @@ def emit_triton(
 ) -> Outputs:
     """Launch the emission; with a count of its own first where the sizes of the codes depend on it."""
     (batch, d_sae), n_groups = pre_acts.shape, group_max.shape[1]
+    has_tail = n_tail != 0 and width is not None
     programs, block_g, block_a = row_programs(pre_acts)
     scratch = pre_acts.new_empty(programs * block_g, dtype=torch.int32)
 
@@ -235,9 +236,11 @@ def emit_triton(
     values = pre_acts.new_empty(batch + n_tail, width)
     counts = pre_acts.new_empty(batch, dtype=torch.int32)
     emit(indices, values, counts, None, width, batch)
-    if not n_tail:
+    if not has_tail:
         return indices, values, counts, counts.new_zeros(0)
     starts = tail_starts(counts, width)
+    if not n_tail:  # asked for, but no row overflows
+        return indices, values, counts, starts
     indices[batch:].zero_()
     values[batch:].zero_()
     emit(indices, values, counts, starts, width, batch + n_tail)
@@ -295,7 +298,7 @@ def pack(
     """Codes from their entries in row-major order; `lengths` [batch] of the rows, where they are known."""
     if lengths is None:
         lengths = torch.bincount(row, minlength=batch)
-    counts = lengths.int()
+    counts, has_tail = lengths.int(), n_tail != 0 and width is not None
     if width is None:
         width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
     if len(row) == batch * width and n_tail == 0 and bool((counts == width).all()):
@@ -316,7 +319,7 @@ def pack(
     values = value.new_zeros(batch + n_tail, width)
     indices.view(-1).scatter_(0, slot, latent.int())  # a third of the time of []
     values.view(-1).scatter_(0, slot, value)
-    return indices, values, counts, pages if n_tail else counts.new_zeros(0)
+    return indices, values, counts, pages if has_tail else counts.new_zeros(0)
 
 
 def row_starts(row: Tensor, batch: int) -> Tensor:

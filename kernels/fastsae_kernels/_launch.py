@@ -93,6 +93,8 @@ def use_backend(
         recorder: called as recorder(kernel, grid, arguments, options) in place of each launch.
     """
     global _forced
+    if name not in ("torch", "triton"):
+        raise ValueError(f"backend is {name!r}, but must be torch or triton")
     before, _forced = _forced, _Forced(name, capability, recorder)
     try:
         yield

@@ -314,7 +314,8 @@ def _backward(ctx, g_pre, _g_group_max):
     g = g_pre.to(W_enc.dtype)
     g_x = g @ W_enc.T if ctx.needs_input_grad[0] else None
     g_W_enc = (g.T @ x).T if ctx.needs_input_grad[1] else None  # latent-major, as W_enc is
-    return g_x, g_W_enc, g_pre.sum(0).to(ctx.b_dtype), None, None, None
+    sums = torch.promote_types(g_pre.dtype, torch.float32)
+    return g_x, g_W_enc, g_pre.sum(0, dtype=sums).to(ctx.b_dtype), None, None, None
 
 
 _encode.register_autograd(_backward, setup_context=_save)

@@ -111,7 +111,7 @@ def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     g_x = decode(codes, W_enc.T).to(x.dtype) if ctx.needs_input_grad[0] else None
     g_b_dec = None
     if b_dec is not None and ctx.needs_input_grad[3]:
-        g_b_dec = -(W_enc @ g_b_enc.to(W_enc.dtype)).to(b_dec.dtype)
+        g_b_dec = -(W_enc.to(g_b_enc.dtype) @ g_b_enc).to(b_dec.dtype)
     return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None
 
 

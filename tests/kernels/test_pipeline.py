@@ -139,6 +139,34 @@ def test_an_empty_batch_with_room_for_tails(name, backend, device):
             assert pre.grad.shape == pre.shape
 
 
+@each_backend
+@pytest.mark.parametrize("name", ["relu", "batchtopk"])
+def test_codes_with_room_for_a_tail_that_nothing_needs(name, backend, device):
+    p = parameters(device)
+    selections = {
+        "relu": lambda pre: ops.select_threshold(pre, width=D_SAE, n_tail=None),
+        "batchtopk": lambda pre: ops.select_batchtopk(pre, 5, width=D_SAE, n_tail=None)[0],
+    }
+    with ops.use_backend(backend):
+        codes = selections[name](ops.encode(p["x"], p["W_encT"].T, p["b_enc"])[0])
+        assert codes.tail_starts.tolist() == [0] * (BATCH + 1)
+        assert ops.decode(codes, p["W_dec"]).shape == p["x"].shape
+        assert ops.transpose(codes, D_SAE).starts[-1] == codes.counts.sum()
+
+
+def test_biases_in_fp32_get_sums_in_fp32(device):
+    """Beside weights in half precision: a sum over the batch overflows fp16."""
+    b_enc, b_dec = (torch.zeros(n, device=device, requires_grad=True) for n in (64, 8))
+    x, W = torch.ones(4096, 8, device=device), torch.full((64, 8), 0.01, device=device).half()
+    codes = ops.encode_codes(x, W.T, b_enc + 5, b_dec, k=2)
+    codes.values.backward(torch.full_like(codes.values, 32.0))
+    assert torch.allclose(b_dec.grad, torch.tensor(-2 * 4096 * 32 * 0.01, device=device), rtol=1e-3)
+    b_enc.grad = None
+    pre, _ = ops.encode(x, W.T, b_enc)
+    pre.backward(torch.full_like(pre, 32.0))
+    assert torch.equal(b_enc.grad, torch.full_like(b_enc, 4096 * 32.0))
+
+
 def test_everything_works_without_triton():
     """As where there is no wheel of it (macOS, Windows): the import fails, and plain torch runs."""
     code = """

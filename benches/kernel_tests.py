@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
+from benches.workers import OVER, ROOT
+
 Report = dict[str, Any]
 EMPTY: Report = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": []}
-OVER = "time was up"
 GRACE_S = 15.0  # for pytest to write its report after an interrupt
 
 

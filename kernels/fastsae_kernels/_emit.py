@@ -169,9 +169,8 @@ def row_programs(pre_acts: Tensor) -> tuple[int, int, int]:
     n_groups = cdiv(pre_acts.shape[1], GROUP)
     if INTERPRET:
         return min(len(pre_acts), 3), 16, 4
-    programs = 32 * n_multiprocessors(
-        pre_acts.device
-    )  # some waves, so that the last one's idle share is small
+    # some waves, so that the last one's idle share is small
+    programs = 32 * n_multiprocessors(pre_acts.device)
     return min(len(pre_acts), programs), min(max(next_power_of_2(n_groups), 16), 1024), 16
 
 
@@ -187,7 +186,7 @@ def emit_triton(
 ) -> Outputs:
     """Launch the emission; with a count of its own first where the sizes of the codes depend on it."""
     (batch, d_sae), n_groups = pre_acts.shape, group_max.shape[1]
-    has_tail = n_tail != 0 and width is not None
+    tailed = has_tail(width, n_tail)
     programs, block_g, block_a = row_programs(pre_acts)
     scratch = pre_acts.new_empty(programs * block_g, dtype=torch.int32)
 
@@ -236,7 +235,7 @@ def emit_triton(
     values = pre_acts.new_empty(batch + n_tail, width)
     counts = pre_acts.new_empty(batch, dtype=torch.int32)
     emit(indices, values, counts, None, width, batch)
-    if not has_tail:
+    if not tailed:
         return indices, values, counts, counts.new_zeros(0)
     starts = tail_starts(counts, width)
     if not n_tail:  # asked for, but no row overflows
@@ -245,6 +244,11 @@ def emit_triton(
     values[batch:].zero_()
     emit(indices, values, counts, starts, width, batch + n_tail)
     return indices, values, counts, starts
+
+
+def has_tail(width: int | None, n_tail: int | None) -> bool:
+    """Whether codes of these sizes have tail_starts: by what is asked for, whatever the data then needs."""
+    return width is not None and n_tail != 0
 
 
 def candidates(
@@ -259,25 +263,19 @@ def candidates(
     d_sae, n_groups = pre_acts.shape[1], active.shape[1]
     active_group = active.flatten().nonzero().squeeze(1)
     row = active_group.div(n_groups, rounding_mode="floor")
-    first = active_group * GROUP  # latent of the whole batch, where rows are whole groups
+    group = active_group - row * n_groups
     if d_sae % GROUP == 0:
         pre = pre_acts.view(-1, GROUP).index_select(0, active_group)
-        hit = passes(pre, row, active_group - row * n_groups)
+        hit = passes(pre, row, group)
     else:
-        group = active_group - row * n_groups
         latent = group[:, None] * GROUP + torch.arange(GROUP, device=group.device)
         pre = pre_acts.flatten()[row[:, None] * d_sae + latent.clamp(max=d_sae - 1)]
         hit = passes(pre, row, group) & (latent < d_sae)
     # index_select throughout: a quarter of the time of []
     slot = hit.view(-1).nonzero().squeeze(1)
     taken = slot >> GROUP.bit_length() - 1
-    row = row.index_select(0, taken)
-    latent = (
-        first.sub_(torch.arange(len(first), device=first.device), alpha=GROUP)
-        .index_select(0, taken)
-        .add_(slot)
-    )
-    return row, latent.sub_(row, alpha=n_groups * GROUP), pre.view(-1).index_select(0, slot)
+    latent = group.index_select(0, taken).mul_(GROUP).add_(slot & GROUP - 1)
+    return row.index_select(0, taken), latent, pre.view(-1).index_select(0, slot)
 
 
 def above(level: float, *, inclusive: bool = False) -> Callable[..., Tensor]:
@@ -298,7 +296,7 @@ def pack(
     """Codes from their entries in row-major order; `lengths` [batch] of the rows, where they are known."""
     if lengths is None:
         lengths = torch.bincount(row, minlength=batch)
-    counts, has_tail = lengths.int(), n_tail != 0 and width is not None
+    counts, tailed = lengths.int(), has_tail(width, n_tail)
     if width is None:
         width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
     if len(row) == batch * width and n_tail == 0 and bool((counts == width).all()):
@@ -306,8 +304,7 @@ def pack(
     pages = tail_starts(counts, width)
     if n_tail is None:
         n_tail = int(pages[-1])
-    starts = lengths.cumsum(0) - lengths
-    position = torch.arange(len(row), device=row.device).sub_(starts.index_select(0, row))
+    position = torch.arange(len(row), device=row.device).sub_(first_entries(lengths).index_select(0, row))
     slot = row * width + position
     if int(pages[-1]):
         over = position >= width
@@ -319,24 +316,24 @@ def pack(
     values = value.new_zeros(batch + n_tail, width)
     indices.view(-1).scatter_(0, slot, latent.int())  # a third of the time of []
     values.view(-1).scatter_(0, slot, value)
-    return indices, values, counts, pages if has_tail else counts.new_zeros(0)
+    return indices, values, counts, pages if tailed else counts.new_zeros(0)
 
 
-def row_starts(row: Tensor, batch: int) -> Tensor:
-    """Where the entries of each row start, given their rows in order; [batch + 1]."""
-    return torch.nn.functional.pad(torch.bincount(row, minlength=batch).cumsum(0), (1, 0))
+def first_entries(lengths: Tensor) -> Tensor:
+    """Where the entries of each row start, by how many each has; [batch]."""
+    return lengths.cumsum(0) - lengths
 
 
 def fake_codes(pre_acts: Tensor, width: int | None, n_tail: int | None) -> Outputs:
     """Outputs by shape alone; sizes that depend on the data are symbols."""
-    batch, has_tail = pre_acts.shape[0], n_tail != 0 and width is not None
+    batch, tailed = pre_acts.shape[0], has_tail(width, n_tail)
     n_rows: Size = batch
-    if has_tail:
+    if tailed:
         n_rows = torch.library.get_ctx().new_dynamic_size() if n_tail is None else batch + n_tail
         torch._check(n_rows >= batch)
     n_slots: Size = torch.library.get_ctx().new_dynamic_size(min=1) if width is None else width
     indices = pre_acts.new_empty(n_rows, n_slots, dtype=torch.int32)
-    counts, starts = indices.new_empty(batch), indices.new_empty(batch + 1 if has_tail else 0)
+    counts, starts = indices.new_empty(batch), indices.new_empty(batch + 1 if tailed else 0)
     return indices, pre_acts.new_empty(n_rows, n_slots), counts, starts
 
 

@@ -199,9 +199,8 @@ def _encode_triton(
 ) -> tuple[Tensor, Tensor]:
     (batch, d_in), d_sae = x.shape, W_enc.shape[1]
     if variant == "auto":
-        exact = (
-            x.dtype == torch.float32 and _dot_precision(x) == "ieee"
-        )  # no tensor cores: the vendor's by far
+        # fp32 without TF32 has no tensor cores, and there the vendor's product is ahead by far
+        exact = x.dtype == torch.float32 and _dot_precision(x) == "ieee"
         same = b_enc.dtype == x.dtype  # else "library" would round the bias
         variant = "library" if same and (exact or d_in >= LIBRARY_FROM_D_IN) else "fused"
     if variant == "library" and out_dtype == x.dtype:
@@ -321,6 +320,13 @@ def _backward(ctx, g_pre, _g_group_max):
 _encode.register_autograd(_backward, setup_context=_save)
 
 
+def check_W_enc(W_enc: Tensor) -> None:
+    """Raise ValueError unless W_enc is the transposed view of a contiguous matrix that has elements."""
+    check("W_enc.T", W_enc.T, (None, None))
+    if not W_enc.shape[0] or not W_enc.shape[1]:
+        raise ValueError(f"W_enc is {list(W_enc.shape)}; both sizes must be at least 1")
+
+
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -350,15 +356,13 @@ def encode(
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
     """
-    check("W_enc.T", W_enc.T, (None, None))
+    check_W_enc(W_enc)
     d_in, d_sae = W_enc.shape
     check("x", x, (None, d_in), like=W_enc)
     check("b_enc", b_enc, (d_sae,), like=W_enc)
     if b_dec is not None:
         check("b_dec", b_dec, (d_in,), like=W_enc)
         x = x - b_dec
-    if not d_in or not d_sae:
-        raise ValueError(f"W_enc is {list(W_enc.shape)}; both sizes must be at least 1")
     if variant not in ("auto", "fused", "library"):
         raise ValueError(f"variant is {variant!r}, but must be one of: auto, fused, library")
     if out_dtype is not None and out_dtype not in FLOATS:

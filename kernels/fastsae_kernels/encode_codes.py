@@ -10,11 +10,11 @@ about 1% of active latents: a ReLU SAE at its start is better trained on the den
 import torch
 from torch import Tensor
 
-from fastsae_kernels._emit import Outputs, fake_codes
+from fastsae_kernels._emit import Outputs, fake_codes, has_tail
 from fastsae_kernels._launch import check
 from fastsae_kernels.codes import Codes, tail_starts
 from fastsae_kernels.decode import decode
-from fastsae_kernels.encode import encode
+from fastsae_kernels.encode import check_W_enc, encode
 from fastsae_kernels.select_threshold import select_threshold
 from fastsae_kernels.select_topk import select_topk
 from fastsae_kernels.transpose import transpose
@@ -74,10 +74,7 @@ def _encode_codes(
         if k is not None:
             parts.append(select_topk(pre_acts, k, group_max))
         else:
-            n_tail = 0 if width is None else None
-            parts.append(
-                select_threshold(pre_acts, group_max, width=width, n_tail=n_tail, threshold=threshold)
-            )
+            parts.append(select_threshold(pre_acts, group_max, width=width, n_tail=None, threshold=threshold))
     return _joined(parts, width)
 
 
@@ -142,14 +139,12 @@ def encode_codes(
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit, or both k and threshold.
     """
-    check("W_enc.T", W_enc.T, (None, None))
+    check_W_enc(W_enc)
     check("x", x, (None, W_enc.shape[0]), like=W_enc)
-    if not W_enc.numel():
-        raise ValueError(f"W_enc is {list(W_enc.shape)}; both sizes must be at least 1")
     if k is not None and threshold is not None:
         raise ValueError(f"k is {k} and threshold is given, but only one of them can choose")
     if k is not None and not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"k is {k}, but must be at least 1 and at most d_sae, {W_enc.shape[1]}")
     threshold = None if threshold is None else threshold.detach()
     indices, values, counts, starts = _encode_codes(x, W_enc, b_enc, b_dec, k, threshold, width)
-    return Codes(indices, values, counts, starts if k is None and width is not None else None)
+    return Codes(indices, values, counts, starts if k is None and has_tail(width, None) else None)

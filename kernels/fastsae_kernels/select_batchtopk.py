@@ -22,6 +22,7 @@ from fastsae_kernels._emit import (
     emit_triton,
     fake_codes,
     float_key,
+    has_tail,
     load_groups,
     pack,
     pack_groups,
@@ -290,7 +291,5 @@ def select_batchtopk(
         raise ValueError(f"k is {k}, but must be at least 1 and at most d_sae, {d_sae}")
     if batch * k >= 2**31:
         raise ValueError(f"batch * k is {batch * k}, but must be below 2^31")
-    if width is None:
-        n_tail = 0
     indices, values, counts, starts, threshold = _select_batchtopk(pre_acts, group_max, k, width, n_tail)
-    return Codes(indices, values, counts, starts if n_tail != 0 else None), threshold
+    return Codes(indices, values, counts, starts if has_tail(width, n_tail) else None), threshold

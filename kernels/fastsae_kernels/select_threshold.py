@@ -13,6 +13,7 @@ from fastsae_kernels._emit import (
     check_selection,
     emit_triton,
     fake_codes,
+    has_tail,
     pack,
     save_codes,
     scatter_grad,
@@ -142,9 +143,7 @@ def select_threshold(
         raise ValueError(f"bandwidth is {bandwidth}, but ReLU has no band: give a threshold or leave it 0")
     if not 0 <= bandwidth < float("inf"):
         raise ValueError(f"bandwidth is {bandwidth}, but must be finite and at least 0")
-    if width is None:
-        n_tail = 0
     indices, values, counts, starts = _select_threshold(
         pre_acts, group_max, threshold, bandwidth, width, n_tail
     )
-    return Codes(indices, values, counts, starts if n_tail != 0 else None)
+    return Codes(indices, values, counts, starts if has_tail(width, n_tail) else None)

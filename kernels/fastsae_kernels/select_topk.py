@@ -20,12 +20,12 @@ from fastsae_kernels._emit import (
     check_selection,
     emit_triton,
     fake_codes,
+    first_entries,
     float_key,
     load_groups,
     pack,
     pack_groups,
     row_programs,
-    row_starts,
     save_codes,
     scatter_grad,
     signed_key,
@@ -185,19 +185,17 @@ def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bo
         passes(group_max, level),
         lambda pre, row, _group: passes(pre, level.index_select(0, row)),
     )
-    key, starts = _order_key(value, positive), row_starts(row, batch)
-    lengths = starts.diff()
+    key, lengths = _order_key(value, positive), torch.bincount(row, minlength=batch)
     fullest = int(lengths.max()) if batch else 0
     if fullest > 4 * k + GROUP:  # many tie at the bound: only the first k of them can be selected
         at_bound = key == _order_key(bound.flatten(), positive).index_select(0, row)
         few = _less_excess(torch.ones_like(at_bound), at_bound, row, lengths.new_full((batch,), k))
         row, latent, value, key = (t.index_select(0, few) for t in (row, latent, value, key))
-        starts = row_starts(row, batch)
-        lengths = starts.diff()
+        lengths = torch.bincount(row, minlength=batch)
         fullest = int(lengths.max())
     if fullest > k:
         table = key.new_full((batch, fullest), torch.iinfo(key.dtype).min)
-        offset = torch.arange(batch, device=row.device) * fullest - starts[:-1]
+        offset = torch.arange(batch, device=row.device) * fullest - first_entries(lengths)
         slot = offset.index_select(0, row).add_(torch.arange(len(row), device=row.device))
         table.view(-1).scatter_(0, slot, key)
         kappa = table.topk(k, dim=1, sorted=False).values.amin(1)
@@ -259,8 +257,8 @@ def _less_excess(passed: Tensor, tied: Tensor, row: Tensor, wanted: Tensor) -> T
     """Which entries passed, but of those that tie only the first wanted[row] of each row."""
     tie = tied.nonzero().squeeze(1)
     row = row.index_select(0, tie)
-    first = row_starts(row, len(wanted))[:-1] + wanted
-    excess = torch.arange(len(tie), device=tie.device) >= first.index_select(0, row)
+    end = first_entries(torch.bincount(row, minlength=len(wanted))) + wanted
+    excess = torch.arange(len(tie), device=tie.device) >= end.index_select(0, row)
     return passed.index_fill_(0, tie[excess], False).nonzero().squeeze(1)
 
 

@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
+from benches.world import Shape
 from fastsae_kernels._launch import INTERPRET, Capability, use_backend
 from fastsae_kernels._rows import rows_triton
 from fastsae_kernels.codes import Codes
@@ -50,22 +51,13 @@ POINTERS = {
 }
 
 
-class Shape(NamedTuple):
-    batch: int
-    d: int
-    n: int
-    k: int
-    dtype: torch.dtype
-
-
 SHAPES = {
     "d768": Shape(8192, 768, 24576, 32, torch.bfloat16),
     "d768 fp32": Shape(8192, 768, 24576, 32, torch.float32),
     "d769": Shape(1021, 769, 24571, 31, torch.bfloat16),  # nothing is divisible by anything
     "d769 fp32": Shape(1021, 769, 24571, 31, torch.float32),
-    "d784": Shape(
-        1024, 784, 24576, 32, torch.bfloat16
-    ),  # aligned rows, but no whole number of the product's tiles
+    # aligned rows, but no whole number of the product's tiles
+    "d784": Shape(1024, 784, 24576, 32, torch.bfloat16),
     "d2304": Shape(4096, 2304, 65536, 64, torch.bfloat16),
     "d4096": Shape(4096, 4096, 131072, 64, torch.bfloat16),
     "d16384": Shape(4096, 16384, 65536, 64, torch.bfloat16),

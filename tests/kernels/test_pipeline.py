@@ -101,7 +101,7 @@ def test_what_is_not_finite_sets_the_flag(select, backend, bad, device):
 
 @each_selection
 def test_compiles_whole_at_any_batch(select, device):
-    """Forward and backward in one graph, with sizes that only the data knows, and no second one for a second batch."""
+    """Forward and backward without a break in the graph, with sizes that only the data knows."""
 
     def loss(x, W_encT, b_enc, W_dec):
         codes = select(*ops.encode(x, W_encT.T, b_enc))

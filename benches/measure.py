@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -228,7 +229,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device, shape = torch.device(arguments.device), SHAPES[arguments.device][arguments.shape]
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch finds no CUDA device here")
+        sys.exit("--device is cuda, but torch finds no CUDA device here")
     if arguments.plan:
         return say(**plan(device))
     world, few, clock = World(shape, device), World(small(shape), device), timer(device)

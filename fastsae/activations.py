@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.config import SAEConfig
@@ -45,16 +45,27 @@ def where_active(
     return masked
 
 
-def largest(values: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
-    """True at the k largest positive values of each row, or at all where there are fewer; ties go to the smallest index."""
+def has_sparse_ops(x: Tensor) -> bool:
+    """Where fastsae_kernels' ops are tested; elsewhere (MPS) plain torch takes their place."""
+    return x.device.type in ("cpu", "cuda")
+
+
+def largest(values: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
+    """1 at the k largest positive values of each row, or at all where there are fewer, else 0; ties go to the smallest index."""
+    if has_sparse_ops(values):
+        from fastsae_kernels import select_topk  # loads triton: not at the top
+
+        n = values.shape[-1]
+        codes = select_topk(values.detach().reshape(-1, n).contiguous(), k)
+        # added up, since the free slots all name latent 0
+        taken = (codes.values != 0).to(values.dtype)
+        mask = taken.new_zeros(len(taken), n).scatter_add_(1, codes.indices.long(), taken)
+        return mask.view(values.shape)
     kth = values.topk(k, dim=-1).values[..., -1:]
-    chosen = (values >= kth) & (values > 0)
-    # Without ties that is all; only a CPU can be asked whether there are any without waiting.
-    if values.device.type == "cpu" and not (chosen.sum(-1) > k).any():
-        return chosen
     above, ties = values > kth, values == kth
     wanted = k - above.sum(-1, keepdim=True)
-    return chosen & (above | (ties & (ties.cumsum(-1) <= wanted)))
+    chosen = (values > 0) & (above | (ties & (ties.cumsum(-1) <= wanted)))
+    return chosen.to(values.dtype)
 
 
 def to_codes(acts: Float[Tensor, "*batch d_sae"], width: int | None = None) -> Codes:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastsae import __version__
-from fastsae.activations import Codes, activate, to_codes
+from fastsae.activations import Codes, activate, has_sparse_ops, to_codes
 from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, RunError, reason
 from fastsae.seeds import generator
@@ -90,7 +90,7 @@ class SAE(nn.Module):
         the device. Differentiable at the cost of the active latents alone: an inactive one passes no gradient.
         """
         self._check_width(x)
-        if not _has_sparse_ops(x) or self.cfg.activation not in SPARSE_ACTIVATIONS:
+        if not has_sparse_ops(x) or self.cfg.activation not in SPARSE_ACTIVATIONS:
             return to_codes(self.encode(x), self.cfg.k)
         from fastsae_kernels import encode_codes  # loads triton: not at the top
 
@@ -105,7 +105,7 @@ class SAE(nn.Module):
         lead, width = x.shape[:-1], codes.indices.shape[1]
         return Codes(
             codes.indices.long().view(*lead, width),
-            codes.values.view(*lead, width),
+            _as_with(self.b_enc, codes.values.view(*lead, width)),
             codes.counts.long().view(lead),
         )
 
@@ -119,20 +119,21 @@ class SAE(nn.Module):
         b_dec = self.b_dec / self.scale
         if isinstance(acts, Tensor):
             return acts @ self.W_dec + b_dec
-        if not _has_sparse_ops(acts.values):
+        if not has_sparse_ops(acts.values):
             return torch.einsum("...k,...kd->...d", acts.values, self.W_dec[acts.indices]) + b_dec
         import fastsae_kernels as ops
 
         if isinstance(acts, ops.Codes):
-            return ops.decode(acts, _as_autocast(self.W_dec), b_dec)
-        *lead, width = acts.indices.shape
-        codes = ops.Codes(
-            acts.indices.int().reshape(-1, width).contiguous(),
-            acts.values.reshape(-1, width).contiguous(),
-            acts.counts.int().reshape(-1).contiguous(),
-        )
+            codes, lead = acts, acts.counts.shape
+        else:
+            lead, rows = acts.counts.shape, (acts.counts.numel(), acts.indices.shape[-1])
+            codes = ops.Codes(
+                acts.indices.int().reshape(rows).contiguous(),
+                acts.values.reshape(rows).contiguous(),
+                acts.counts.int().reshape(-1).contiguous(),
+            )
         x_hat = ops.decode(codes, _as_autocast(self.W_dec), b_dec)
-        return x_hat.view(*lead, self.W_dec.shape[1])
+        return _as_with(b_dec, x_hat.view(*lead, self.W_dec.shape[1]))
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """decode(encode(x)), through codes where k is small beside d_sae.
@@ -142,6 +143,12 @@ class SAE(nn.Module):
         k = self.cfg.k
         sparse = k is not None and k <= SPARSE_SHARE * self.cfg.d_sae
         return self.decode(self.encode_sparse(x) if sparse else self.encode(x))
+
+    def extra_repr(self) -> str:
+        cfg = self.cfg
+        d_out = "" if cfg.d_out in (None, cfg.d_in) else f", d_out={cfg.d_out}"
+        k = "" if cfg.k is None else f", k={cfg.k}"
+        return f"d_in={cfg.d_in}{d_out}, d_sae={cfg.d_sae}, activation={cfg.activation}{k}"
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.cfg.d_in:
@@ -238,12 +245,12 @@ class SAE(nn.Module):
         }
 
 
-def _has_sparse_ops(x: Tensor) -> bool:
-    """Where fastsae_kernels' ops are tested; elsewhere (MPS) the codes are made and read by plain indexing."""
-    return x.device.type in ("cpu", "cuda")
-
-
 def _as_autocast(weight: Tensor) -> Tensor:
     """The weight as autocast would have torch's own products take it."""
     device = weight.device.type
     return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+
+
+def _as_with(bias: Tensor, x: Tensor) -> Tensor:
+    """x in the dtype that adding the bias gives: autocast's products are half precision, sums with fp32 are not."""
+    return x.to(torch.promote_types(x.dtype, bias.dtype))

@@ -130,7 +130,10 @@ def test_autocast_reaches_the_sparse_ops():
     with torch.autocast("cpu", torch.bfloat16):
         codes = sae.encode_sparse(x)
         x_hat = sae.decode(codes)
-    assert codes.values.dtype == x_hat.dtype == torch.bfloat16
+        dense = sae.decode(sae.encode(x))
+    assert codes.values.dtype == x_hat.dtype == dense.dtype == torch.float32
+    assert torch.equal(codes.values, codes.values.bfloat16().float()), "out of products in bf16"
+    assert torch.equal(x_hat, x_hat.bfloat16().float())
     x_hat.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sae.parameters())
     same_codes = codes._replace(values=codes.values.float())  # other latents may win in bf16

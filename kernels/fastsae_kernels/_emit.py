@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsae_kernels._launch import (
     INTERPRET,
-    backend,
     cdiv,
     check,
     jit,
@@ -23,7 +22,7 @@ from fastsae_kernels._launch import (
     tl,
 )
 from fastsae_kernels.codes import Codes, rows, tail_starts
-from fastsae_kernels.encode import GROUP, group_max_torch, group_max_triton
+from fastsae_kernels.encode import GROUP, group_max_of
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of Codes; tail_starts is empty where there is no tail
 Size = int | torch.SymInt
@@ -157,11 +156,6 @@ def _emit_kernel(
                 free = first_free + tl.arange(0, 128)
                 tl.store(indices_ptr + row * width + free, 0, mask=free < width)
                 tl.store(values_ptr + row * width + free, 0.0, mask=free < width)
-
-
-def group_max_of(pre_acts: Tensor) -> Tensor:
-    """Group maxima for a caller that has none."""
-    return group_max_torch(pre_acts) if backend(pre_acts) == "torch" else group_max_triton(pre_acts)
 
 
 def row_programs(pre_acts: Tensor) -> tuple[int, int, int]:
@@ -376,6 +370,7 @@ def check_selection(
             f"n_tail is {n_tail}, but without a width every row fits: give a width or leave it 0"
         )
     if group_max is None:
-        return group_max_of(pre_acts.detach())
+        own: Tensor = group_max_of(pre_acts.detach())
+        return own
     check("group_max", group_max, (batch, cdiv(d_sae, GROUP)), dtypes=(pre_acts.dtype,), like=pre_acts)
     return group_max.detach()

@@ -49,7 +49,7 @@ class _Forced(NamedTuple):
     recorder: Callable[..., None] | None = None
 
 
-_forced = _Forced()
+_forced = [_Forced()]  # the last one holds
 
 
 def jit(kernel: Callable[..., None]) -> Any:
@@ -61,7 +61,7 @@ def backend(tensor: Tensor) -> Backend:
     """What runs for `tensor`; says so once per device in the log. fp64 is plain torch's: kernels add up in fp32."""
     if tensor.dtype == torch.float64:
         return "torch"
-    return _forced.backend or _backend(tensor.device)
+    return _forced[-1].backend or _backend(tensor.device)
 
 
 @functools.cache
@@ -85,27 +85,28 @@ def use_backend(
     capability: Capability | None = None,
     recorder: Callable[..., None] | None = None,
 ) -> Iterator[None]:
-    """Run every op in this block on `name`, whatever the device.
+    """Run every op in this block on `name`, whatever the device: in all threads, as a backward pass may run in another.
 
     Args:
         name: "torch", or "triton": on tensors in the CPU's memory that needs TRITON_INTERPRET=1.
         capability: choose configs for this GPU in place of the one that is there.
         recorder: called as recorder(kernel, grid, arguments, options) in place of each launch.
     """
-    global _forced
     if name not in ("torch", "triton"):
         raise ValueError(f"backend is {name!r}, but must be torch or triton")
-    before, _forced = _forced, _Forced(name, capability, recorder)
+    own = _Forced(name, capability, recorder)
+    _forced.append(own)
     try:
         yield
     finally:
-        _forced = before
+        del _forced[next(i for i in reversed(range(len(_forced))) if _forced[i] is own)]
 
 
 def capability(device: torch.device) -> Capability:
     """Compute capability by which configs are chosen; Hopper's where there is no GPU."""
-    if _forced.capability is not None:
-        return _forced.capability
+    forced = _forced[-1].capability
+    if forced is not None:
+        return forced
     if device.type != "cuda":
         return (9, 0)
     return torch.cuda.get_device_capability(device)
@@ -128,8 +129,9 @@ def launch(
     if not all(grid):
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    if _forced.recorder is not None:
-        _forced.recorder(kernel, grid, arguments, options)
+    recorder = _forced[-1].recorder
+    if recorder is not None:
+        recorder(kernel, grid, arguments, options)
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -157,8 +159,14 @@ def check(
     *,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     like: Tensor | None = None,
+    contiguous: bool = True,
 ) -> None:
-    """Raise ValueError unless `tensor` has this shape (None: any size) and dtype, is contiguous, and lies beside `like`."""
+    """Raise ValueError unless `tensor` has this shape (None: any size) and dtype, lies beside `like`, and is contiguous.
+
+    TypeError where it is no tensor.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a tensor")
     fits = tensor.ndim == len(shape) and all(
         n is None or n == m for n, m in zip(shape, tensor.shape, strict=True)
     )
@@ -172,5 +180,7 @@ def check(
         )
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} lies on {tensor.device}, the other tensors on {like.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous; its strides are {list(tensor.stride())}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous (call .contiguous() on it); its strides are {list(tensor.stride())}"
+        )

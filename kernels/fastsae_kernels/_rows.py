@@ -74,8 +74,8 @@ def _partial_kernel(
 
 
 @jit
-def _adam(g, w, m, v, step_size, per_root_c2, beta1_rest, beta2, beta2_rest, eps):
-    m += beta1_rest * (g - m)
+def _adam(g, w, m, v, step_size, per_root_c2, beta1, beta1_rest, beta2, beta2_rest, eps):
+    m = beta1 * m + beta1_rest * g
     v = beta2 * v + beta2_rest * g * g
     return w - step_size * (m / (tl.sqrt(v) * per_root_c2 + eps)), m, v
 
@@ -107,6 +107,7 @@ def _rows_kernel(
     bias_m_ptr,
     bias_v_ptr,
     scalars_ptr,
+    beta1,
     beta1_rest,
     beta2,
     beta2_rest,
@@ -156,7 +157,9 @@ def _rows_kernel(
             row -= tl.sum(row * w, axis=0) * w
         m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-        w, m, v = _adam(row * grad_scale, w, m, v, step_size, per_root_c2, beta1_rest, beta2, beta2_rest, eps)
+        w, m, v = _adam(
+            row * grad_scale, w, m, v, step_size, per_root_c2, beta1, beta1_rest, beta2, beta2_rest, eps
+        )
         if RENORMALISE:
             # unused lanes are 0 / 0 where eps is 0
             w = tl.where(mask, w, 0.0)
@@ -174,6 +177,7 @@ def _rows_kernel(
                 tl.load(bias_v_ptr + latent),
                 step_size,
                 per_root_c2,
+                beta1,
                 beta1_rest,
                 beta2,
                 beta2_rest,
@@ -273,6 +277,7 @@ def rows_triton(
         bias_v_ptr=bias_v,
         scalars_ptr=scalars,
         # subtracted in fp64: in fp32, 1 - 0.999 is off by 1e-5 of itself
+        beta1=betas[0],
         beta1_rest=1 - betas[0],
         beta2=betas[1],
         beta2_rest=1 - betas[1],

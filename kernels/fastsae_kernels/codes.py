@@ -29,7 +29,13 @@ class Codes(NamedTuple):
 
 
 def check_codes(codes: Codes, like: Tensor) -> None:
-    """Raise ValueError unless the tensors of `codes` fit together; that indices are in range is not checked."""
+    """Raise ValueError unless the tensors of `codes` fit together; that indices are in range is not checked.
+
+    TypeError for anything but Codes.
+    """
+    if not isinstance(codes, Codes):
+        kind = f"{type(codes).__module__}.{type(codes).__qualname__}"
+        raise TypeError(f"codes is a {kind}, but must be a fastsae_kernels.Codes")
     indices, values, counts, starts = codes
     integers = (torch.int32,)
     check("codes.indices", indices, (None, None), dtypes=integers, like=like)

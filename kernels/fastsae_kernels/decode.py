@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import (
     Codes,
     Entries,
@@ -207,7 +208,7 @@ def _decode_torch(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     return x_hat if b_dec is None else x_hat.add_(b_dec)
 
 
-@torch.library.custom_op("fastsae::decode", mutates_args=())
+@op("decode")
 def _decode(
     indices: Tensor,
     values: Tensor,
@@ -232,7 +233,7 @@ def _(
     return W_dec.new_empty(counts.shape[0], W_dec.shape[1])
 
 
-@torch.library.custom_op("fastsae::decode_g_values", mutates_args=())
+@op("decode_g_values")
 def _g_values(
     indices: Tensor, values: Tensor, counts: Tensor, tail_starts: Tensor | None, W_dec: Tensor, g: Tensor
 ) -> Tensor:
@@ -268,7 +269,7 @@ def _backward(ctx, g):
     return None, g_values, None, None, g_W_dec, g_b
 
 
-_decode.register_autograd(_backward, setup_context=_save)
+differentiable(_decode, _backward, _save)
 
 
 def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import FLOATS, backend, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels._op import op
 from fastsae_kernels.codes import (
     Codes,
     check_codes,
@@ -108,7 +109,9 @@ def _decode_loss_kernel(
         latent, value = load_codes(indices_ptr, values_ptr, slots, taken)
         terms, norm = _l1_terms(norms_ptr, latent, value, taken, HAS_NORMS)
         tl.store(l1_rows_ptr + row, tl.sum(terms))
-        dots = l1_scale * norm
+        dots = tl.zeros((BLOCK_K,), tl.float32)
+        if HAS_L1:
+            dots = l1_scale * norm
         for first in range(0, d, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
             col_mask = cols < d
@@ -128,7 +131,8 @@ def _decode_loss_kernel(
             latent, value = load_codes(indices_ptr, values_ptr, slots, taken)
             terms, norm = _l1_terms(norms_ptr, latent, value, taken, HAS_NORMS)
             l1 += tl.sum(terms)
-            tl.store(g_values_ptr + slots, l1_scale * norm, mask=taken)
+            if HAS_L1:  # else the zeros that are there: a norm may be infinite
+                tl.store(g_values_ptr + slots, l1_scale * norm, mask=taken)
         tl.store(l1_rows_ptr + row, l1)
         for first in range(0, d, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
@@ -250,17 +254,23 @@ def _decode_loss_torch(
     g = error.mul_(2 / batch)
     g_values = gathered_dots(codes, taken, W_dec, g, sums)
     values = codes.values.to(sums)
-    norm = torch.ones_like(values) if norms is None else norms.to(sums)[codes.indices]
-    slot_sums = (values.relu() * norm).sum(1)  # a free slot holds index 0, value 0, and so adds nothing
+    owners, lengths = rows(codes)
+    norm = torch.ones_like(values)  # a free slot has value 0
+    if norms is not None:
+        used = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+        norm = torch.where(
+            used, norms.to(sums)[codes.indices], 0.0
+        )  # and index 0, whose norm may be infinite
+    slot_sums = (values.relu() * norm).sum(1)
     l1_rows = slot_sums[: len(target)]
     if codes.tail_starts is not None and len(target):
-        l1_rows = l1_rows.index_add(0, rows(codes).owners[len(target) :], slot_sums[len(target) :])
+        l1_rows = l1_rows.index_add(0, owners[len(target) :], slot_sums[len(target) :])
     if l1 is not None:
         g_values += torch.ops.aten.threshold_backward(norm, values, 0).mul_(l1.to(sums) / batch)
     return g.to(out_dtype), g_values, mse, l1_rows.clone(), kept
 
 
-@torch.library.custom_op("fastsae::decode_loss", mutates_args=())
+@op("decode_loss")
 def _decode_loss(
     indices: Tensor,
     values: Tensor,

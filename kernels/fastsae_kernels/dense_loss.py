@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import FLOATS, backend, cdiv, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels._op import op
 
 CHUNK = 2**18  # elements of a chunk of rows in the torch forms: 1 MB in fp32, a share of a core's cache
 ROWS = 64  # rows of a program of dense_codes_grad; its partial sums then are 1/64 of what it reads and writes
@@ -196,7 +197,10 @@ def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, nor
         a, g, out = acts[rows], g_acts[rows], g_pre[rows]
         if shift is not None:
             g = torch.add(g, shift, out=out)
-        torch.ops.aten.threshold_backward.grad_input(g, a.to(g.dtype), 0, grad_input=out)
+        mask = (
+            a if a.dtype == g.dtype else (a <= 0).logical_not_().to(g.dtype)
+        )  # a narrower dtype has less above 0
+        torch.ops.aten.threshold_backward.grad_input(g, mask, 0, grad_input=out)
         wide = a.to(sums)
         torch.sum(wide * weights, 1, out=l1_rows[rows])  # by halves: mv's sum errs 5 times as much
         acts_sum += wide.sum(0)
@@ -204,7 +208,7 @@ def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, nor
     return g_pre, l1_rows, acts_sum, counts
 
 
-@torch.library.custom_op("fastsae::dense_loss", mutates_args=())
+@op("dense_loss")
 def _dense_loss(
     decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +224,7 @@ def _(
     return torch.empty_like(decoded, dtype=out_dtype), mse, mse.new_empty(decoded.shape[1])
 
 
-@torch.library.custom_op("fastsae::dense_codes_grad", mutates_args=())
+@op("dense_codes_grad")
 def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
     form = _dense_codes_grad_triton if backend(acts) == "triton" else _dense_codes_grad_torch
     return form(g_acts, acts, l1, norms)

@@ -24,6 +24,7 @@ from fastsae_kernels._launch import (
     shared_bytes,
     tl,
 )
+from fastsae_kernels._op import differentiable, op
 
 GROUP = 32  # latents per group: 64 bytes of bf16, two sectors
 LIBRARY_FROM_D_IN = 2048  # E: the extra read is below 9% of the product from here on; not measured on a GPU
@@ -194,6 +195,17 @@ def group_max_triton(pre_acts: Tensor) -> Tensor:
     return group_max
 
 
+@op("group_max")
+def group_max_of(pre_acts: Tensor) -> Tensor:
+    """Group maxima for a caller that has none."""
+    return group_max_torch(pre_acts) if backend(pre_acts) == "torch" else group_max_triton(pre_acts)
+
+
+@group_max_of.register_fake
+def _(pre_acts: Tensor) -> Tensor:
+    return pre_acts.new_empty(pre_acts.shape[0], cdiv(pre_acts.shape[1], GROUP))
+
+
 def _encode_triton(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool, out_dtype: torch.dtype, variant: str
 ) -> tuple[Tensor, Tensor]:
@@ -282,7 +294,7 @@ def has_fast_products(x: Tensor) -> bool:
     return supported is not None and bool(supported())
 
 
-@torch.library.custom_op("fastsae::encode", mutates_args=())
+@op("encode")
 def _encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool, out_dtype: torch.dtype, variant: str
 ) -> tuple[Tensor, Tensor]:
@@ -317,12 +329,17 @@ def _backward(ctx, g_pre, _g_group_max):
     return g_x, g_W_enc, g_pre.sum(0, dtype=sums).to(ctx.b_dtype), None, None, None
 
 
-_encode.register_autograd(_backward, setup_context=_save)
+differentiable(_encode, _backward, _save)
 
 
 def check_W_enc(W_enc: Tensor) -> None:
     """Raise ValueError unless W_enc is the transposed view of a contiguous matrix that has elements."""
-    check("W_enc.T", W_enc.T, (None, None))
+    if isinstance(W_enc, Tensor) and W_enc.ndim == 2 and not W_enc.T.is_contiguous():
+        raise ValueError(
+            f"W_enc {list(W_enc.shape)} has strides {list(W_enc.stride())}, but must be latent-major in memory:"
+            " store it as a contiguous [d_sae, d_in] and pass its .T"
+        )
+    check("W_enc", W_enc, (None, None), contiguous=False)
     if not W_enc.shape[0] or not W_enc.shape[1]:
         raise ValueError(f"W_enc is {list(W_enc.shape)}; both sizes must be at least 1")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsae_kernels._emit import Outputs, fake_codes, has_tail
 from fastsae_kernels._launch import check
+from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes, tail_starts
 from fastsae_kernels.decode import decode
 from fastsae_kernels.encode import check_W_enc, encode
@@ -56,7 +57,7 @@ def _joined(parts: list[Codes], width: int | None) -> Outputs:
     return indices, values, counts, starts
 
 
-@torch.library.custom_op("fastsae::encode_codes", mutates_args=())
+@op("encode_codes")
 def _encode_codes(
     x: Tensor,
     W_enc: Tensor,
@@ -112,7 +113,7 @@ def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None
 
 
-_encode_codes.register_autograd(_backward, setup_context=_save)
+differentiable(_encode_codes, _backward, _save)
 
 
 def encode_codes(

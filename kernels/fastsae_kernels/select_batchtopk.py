@@ -31,6 +31,7 @@ from fastsae_kernels._emit import (
     scatter_grad,
 )
 from fastsae_kernels._launch import INTERPRET, backend, cdiv, jit, launch, n_multiprocessors, tl
+from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.encode import GROUP
 
@@ -227,7 +228,7 @@ def _select_batchtopk_torch(
         kappa = exact.kthvalue(1).values
     else:
         kappa = exact.new_zeros(())
-    return (*pack(row, latent, value, len(pre_acts), width, n_tail), kappa.float())
+    return (*pack(row, latent, value, len(pre_acts), width, n_tail), kappa)
 
 
 def _bounded(pre_acts: Tensor, group_max: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +244,7 @@ def _bounded(pre_acts: Tensor, group_max: Tensor, wanted: int) -> tuple[Tensor, 
     return candidates(pre_acts, passes(group_max), passes)
 
 
-@torch.library.custom_op("fastsae::select_batchtopk", mutates_args=())
+@op("select_batchtopk")
 def _select_batchtopk(
     pre_acts: Tensor, group_max: Tensor, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -256,14 +257,14 @@ def _(
     pre_acts: Tensor, group_max: Tensor, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     codes: Outputs = fake_codes(pre_acts, width, n_tail)
-    return (*codes, pre_acts.new_empty((), dtype=torch.float32))
+    return (*codes, pre_acts.new_empty((), dtype=torch.promote_types(pre_acts.dtype, torch.float32)))
 
 
 def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts, _g_threshold):
     return scatter_grad(ctx, g_values), None, None, None, None
 
 
-_select_batchtopk.register_autograd(_backward, setup_context=save_codes)
+differentiable(_select_batchtopk, _backward, save_codes)
 
 
 def select_batchtopk(
@@ -281,7 +282,7 @@ def select_batchtopk(
         k: how many per row on average; where fewer are positive, all positive ones are selected.
         group_max, width, n_tail: as for select_threshold.
     Returns:
-        Codes, values in pre_acts' dtype; their gradient reaches pre_acts. And the threshold, fp32 []: 0 where nothing is selected.
+        Codes, values in pre_acts' dtype; their gradient reaches pre_acts. And the threshold, fp32 [] (fp64 where pre_acts are): 0 where nothing is selected.
     Raises:
         ValueError: a shape, dtype, device, layout, k, width or n_tail that does not fit.
     """

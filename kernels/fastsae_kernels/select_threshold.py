@@ -19,6 +19,7 @@ from fastsae_kernels._emit import (
     scatter_grad,
 )
 from fastsae_kernels._launch import backend, check
+from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.encode import GROUP
 
@@ -77,7 +78,7 @@ def _select_threshold_torch(
     return pack(row, latent, value, len(pre_acts), width, n_tail)
 
 
-@torch.library.custom_op("fastsae::select_threshold", mutates_args=())
+@op("select_threshold")
 def _select_threshold(
     pre_acts: Tensor,
     group_max: Tensor,
@@ -106,7 +107,7 @@ def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     return scatter_grad(ctx, g_values), None, None, None, None, None
 
 
-_select_threshold.register_autograd(_backward, setup_context=save_codes)
+differentiable(_select_threshold, _backward, save_codes)
 
 
 def select_threshold(

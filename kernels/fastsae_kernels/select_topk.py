@@ -31,6 +31,7 @@ from fastsae_kernels._emit import (
     signed_key,
 )
 from fastsae_kernels._launch import INTERPRET, backend, jit, launch, tl
+from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.encode import GROUP
 
@@ -262,7 +263,7 @@ def _less_excess(passed: Tensor, tied: Tensor, row: Tensor, wanted: Tensor) -> T
     return passed.index_fill_(0, tie[excess], False).nonzero().squeeze(1)
 
 
-@torch.library.custom_op("fastsae::select_topk", mutates_args=())
+@op("select_topk")
 def _select_topk(
     pre_acts: Tensor, group_max: Tensor, k: int, positive: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,7 +280,7 @@ def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     return scatter_grad(ctx, g_values), None, None, None
 
 
-_select_topk.register_autograd(_backward, setup_context=save_codes)
+differentiable(_select_topk, _backward, save_codes)
 
 
 def select_topk(pre_acts: Tensor, k: int, group_max: Tensor | None = None, *, positive: bool = True) -> Codes:

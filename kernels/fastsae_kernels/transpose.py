@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import backend, cdiv, jit, launch, next_power_of_2, tl
+from fastsae_kernels._op import op
 from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, slots_of
 
 
@@ -25,6 +26,7 @@ class Transposed(NamedTuple):
     chunk_starts [d_sae + 1]: running number of extra chunks. A latent with more than `chunk` entries is summed in chunks of
         that many; the first one is not extra.
     chunk_latents [number of slots // chunk]: the latent of each extra chunk, d_sae where there are fewer.
+    batch: how many inputs there are.
     """
 
     starts: Tensor
@@ -33,6 +35,7 @@ class Transposed(NamedTuple):
     chunk_starts: Tensor
     chunk_latents: Tensor
     chunk: int
+    batch: int
 
 
 @jit
@@ -115,6 +118,7 @@ def transpose_ref(codes: Codes, d_sae: int, *, chunk: int = 64) -> Transposed:
         starts.new_tensor([0, *extra]).cumsum(0, dtype=torch.int32),
         starts.new_tensor(latent),
         chunk,
+        len(codes.counts),
     )
 
 
@@ -183,7 +187,7 @@ def _check_slots(n_slots: int | torch.SymInt) -> None:
         raise ValueError(f"codes.indices has {n_slots} slots, but must have fewer than 2^31")
 
 
-@torch.library.custom_op("fastsae::transpose", mutates_args=())
+@op("transpose")
 def _transpose(
     indices: Tensor, counts: Tensor, tail_starts: Tensor | None, d_sae: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -231,4 +235,4 @@ def transpose(codes: Codes, d_sae: int, *, chunk: int = 64) -> Transposed:
     starts, owners, slots, chunk_starts, chunk_latents = _transpose(
         indices, counts, codes.tail_starts, d_sae, chunk
     )
-    return Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk)
+    return Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, counts.shape[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import backend, check
+from fastsae_kernels._op import op
 from fastsae_kernels._rows import MAX_D, rows_triton
 from fastsae_kernels.transpose import Transposed
 
@@ -150,7 +151,7 @@ def _update_rows_torch(
         adam(bias, sums, bias_m, bias_v)
 
 
-@torch.library.custom_op("fastsae::grad_rows", mutates_args=())
+@op("grad_rows")
 def _grad_rows(
     starts: Tensor,
     owners: Tensor,
@@ -158,10 +159,11 @@ def _grad_rows(
     chunk_starts: Tensor,
     chunk_latents: Tensor,
     chunk: int,
+    batch: int,
     coefficients: Tensor,
     source: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    t = Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk)
+    t = Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, batch)
     if backend(source) == "torch":
         return _grad_rows_torch(t, coefficients, source)
     n, d = len(starts) - 1, source.shape[1]
@@ -179,6 +181,7 @@ def _(
     chunk_starts: Tensor,
     chunk_latents: Tensor,
     chunk: int,
+    batch: int,
     coefficients: Tensor,
     source: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -186,9 +189,7 @@ def _(
     return source.new_empty(n, source.shape[1], dtype=dtype), source.new_empty(n, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "fastsae::update_rows", mutates_args=("W", "m", "v", "shadow", "bias", "bias_m", "bias_v")
-)
+@op("update_rows", mutates_args=("W", "m", "v", "shadow", "bias", "bias_m", "bias_v"))
 def _update_rows(
     starts: Tensor,
     owners: Tensor,
@@ -196,6 +197,7 @@ def _update_rows(
     chunk_starts: Tensor,
     chunk_latents: Tensor,
     chunk: int,
+    batch: int,
     coefficients: Tensor,
     source: Tensor,
     W: Tensor,
@@ -215,7 +217,7 @@ def _update_rows(
 ) -> None:
     form = rows_triton if backend(W) == "triton" else _update_rows_torch
     form(
-        Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk),
+        Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, batch),
         coefficients,
         source,
         W=W,
@@ -235,7 +237,7 @@ def _update_rows(
 
 
 def _check(t: Transposed, coefficients: Tensor, source: Tensor) -> None:
-    check("source", source, (None, None))
+    check("source", source, (t.batch, None))
     check("coefficients", coefficients, (None, None), like=source)
     for name, tensor in t._asdict().items():
         if isinstance(tensor, Tensor):
@@ -305,7 +307,7 @@ def update_rows(
     check("m", m, (n, d), dtypes=(*own, torch.bfloat16), like=source)
     check("v", v, (n, d), dtypes=own, like=source)
     check("scalars", scalars, (6,), dtypes=(torch.float32, *own), like=source)
-    if (project or renormalise or l1_rows) and d > MAX_D and backend(source) == "triton":
+    if (project or renormalise or l1_rows) and d > MAX_D and backend(W) == "triton":
         raise ValueError(
             f"rows have {d} elements, but at most {MAX_D} can be projected, renormalised or take part in L1 on a GPU"
         )

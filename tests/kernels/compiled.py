@@ -104,7 +104,13 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     slots = s.batch * s.k
     csc = Transposed(
-        integers(s.n + 1), integers(slots), integers(slots), integers(s.n + 1), integers(slots // 64), 64
+        integers(s.n + 1),
+        integers(slots),
+        integers(slots),
+        integers(s.n + 1),
+        integers(slots // 64),
+        64,
+        s.batch,
     )
     yield "fused", encode("fused")
     yield "library", encode("library")

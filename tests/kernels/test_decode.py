@@ -149,3 +149,7 @@ def test_errors():
         decode(codes._replace(tail_starts=codes.counts), W_dec)
     with pytest.raises(ValueError, match="W_dec has no rows"):
         decode(codes, W_dec[:0])
+    with pytest.raises(TypeError, match=r"codes is a builtins.tuple, but must be a fastsae_kernels.Codes"):
+        decode(tuple(codes), W_dec)
+    with pytest.raises(TypeError, match=r"W_dec is a list, but must be a tensor"):
+        decode(codes, W_dec.tolist())

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import use_backend
-from fastsae_kernels.codes import Codes, entries
+from fastsae_kernels.codes import Codes, entries, to_dense
 from fastsae_kernels.decode_loss import DecodeLoss, decode_loss, decode_loss_ref
 from fastsae_kernels.testing import Tensors, assert_close
 from tests.kernels.forms import FORMS
@@ -114,6 +114,26 @@ def test_free_slots(name, device):
         out = decode_loss(codes, W_dec, b_dec, target, l1=torch.tensor(1.0, device=device))
     assert bool(out.finite) and out.g_values.isfinite().all()
     assert not out.g_values[free].any()
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("n_tail", [None, 3])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_norm_that_is_not_finite_counts_where_it_is_used(name, n_tail, bad, device):
+    """Not in free slots, which name latent 0, nor in the gradients where there is no l1."""
+    codes, *rest = make_inputs([9, 2, 4], 12, 6, 9 if n_tail is None else 4, n_tail, torch.float32, device)
+    codes.indices.view(-1)[entries(codes).slots] += 1  # in no input is latent 0 active
+    rest[0] = torch.cat([rest[0], rest[0][:1]])
+    for latent in (0, int(codes.indices[0, 1])):
+        norms = torch.ones(13, device=device)
+        norms[latent] = bad
+        active = to_dense(codes, 13)[:, latent] != 0
+        with use_backend(name):
+            out = decode_loss(codes, *rest, norms=norms)
+            with_l1 = decode_loss(codes, *rest, norms=norms, l1=torch.tensor(1.0, device=device))
+        assert torch.equal(out.l1.isfinite(), ~active) and out.g_values.isfinite().all()
+        assert torch.equal(~with_l1.g_values.isfinite(), (codes.values > 0) & (codes.indices == latent))
+        assert bool(active.any()) == (latent > 0)
 
 
 def test_fp64(device):

@@ -95,6 +95,14 @@ def test_nan_acts_stay_visible(name, device):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
+def test_acts_too_small_for_the_gradients_dtype_are_active(name, device):
+    acts = torch.tensor([[1e-12, 0.0, 1.0]], device=device)
+    with use_backend(name):
+        g_pre, _, _, counts = dense_codes_grad(torch.ones(1, 3, device=device).half(), acts)
+    assert g_pre.tolist() == [[1.0, 0.0, 1.0]] and g_pre.dtype == torch.float16 and counts.tolist() == [2]
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
 def test_inputs_are_left_alone(name, device):
     g_acts, acts = randn(5, 9, device=device), randn(5, 9, seed=1, device=device).relu()
     before = g_acts.clone(), acts.clone()

@@ -1,10 +1,12 @@
 """encode against its reference: values, group maxima, gradients; both backends, both variants."""
 
+import importlib
+
 import pytest
 import torch
 
 from fastsae_kernels._launch import use_backend
-from fastsae_kernels.encode import encode, encode_ref, group_max_ref
+from fastsae_kernels.encode import encode, encode_ref, group_max_of, group_max_ref
 from fastsae_kernels.testing import assert_as_accurate, assert_close, error
 from tests.kernels.forms import TRITON_DTYPES
 
@@ -37,6 +39,29 @@ def test_encode(batch, d_in, d_sae, backend, dtype, relu, variant, device):
         assert_as_accurate(op, ref, inputs)
         pre_acts, group_max = encode(*inputs, relu=relu, variant=variant)
     assert torch.equal(group_max, group_max_ref(pre_acts)), "maxima of the values as they were stored"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_of_rows(dtype, device, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastsae_kernels.encode"), "CHUNK_ROWS", 8)
+    inputs = make(21, 7, 70, dtype, device)
+    with use_backend("torch"):
+        assert_as_accurate(lambda *a: encode(*a)[0], lambda *a: encode_ref(*a)[0], inputs)
+        pre_acts, group_max = encode(*inputs)
+        assert torch.equal(group_max, group_max_ref(pre_acts))
+        assert torch.equal(group_max_of(pre_acts), group_max)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("wanted", [(i,) for i in range(4)] + [(0, 3), (1, 2)], ids=str)
+def test_only_the_gradients_that_are_asked_for(wanted, backend, device):
+    inputs = make(5, 7, 33, torch.float32, device)
+    leaves = [a.clone(memory_format=torch.preserve_format).requires_grad_() for a in inputs]
+    some = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(leaves)]
+    with use_backend(backend):
+        truth = torch.autograd.grad(encode(*leaves, relu=True)[0].square().sum(), leaves)
+        found = torch.autograd.grad(encode(*some, relu=True)[0].square().sum(), [some[i] for i in wanted])
+    assert all(torch.equal(g, truth[i]) for g, i in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -91,8 +116,12 @@ def test_errors_name_what_is_wrong(device):
     x, W_enc, b_enc, b_dec = make(3, 7, 33, torch.float32, device)
     with pytest.raises(ValueError, match=r"x is \[3, 6\], but must be \[any, 7\]"):
         encode(x[:, 1:], W_enc, b_enc)
-    with pytest.raises(ValueError, match=r"W_enc.T must be contiguous"):
+    with pytest.raises(
+        ValueError, match=r"W_enc \[7, 33\] has strides \[33, 1\], .* contiguous \[d_sae, d_in\]"
+    ):
         encode(x, W_enc.contiguous(), b_enc)
+    with pytest.raises(TypeError, match=r"W_enc is a ndarray, but must be a tensor"):
+        encode(x, W_enc.cpu().numpy(), b_enc)
     with pytest.raises(ValueError, match=r"b_enc is \[32\]"):
         encode(x, W_enc, b_enc[1:])
     with pytest.raises(ValueError, match=r"b_dec is int64"):

@@ -53,6 +53,52 @@ def test_values_and_gradients(batch, d_in, d_sae, backend, dtype, kind, device, 
         )
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("wanted", [(i,) for i in range(4)] + [(0, 3), (1, 2)], ids=str)
+def test_only_the_gradients_that_are_asked_for(wanted, backend, device):
+    leaves = [
+        a.clone(memory_format=torch.preserve_format).requires_grad_()
+        for a in make(7, 5, 33, torch.float32, device)
+    ]
+    some = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(leaves)]
+    with use_backend(backend):
+        truth = torch.autograd.grad(encode_codes(*leaves, k=4).values.square().sum(), leaves)
+        found = torch.autograd.grad(encode_codes(*some, k=4).values.square().sum(), [some[i] for i in wanted])
+    assert all(torch.equal(g, truth[i]) for g, i in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_value_of_0_passes_no_gradient_and_a_negative_one_does(backend, device):
+    """As select_threshold's: thresholds below 0 make latents active at 0 and below."""
+    x, W_enc = torch.eye(3, device=device), torch.zeros(40, 3, device=device).T
+    b_enc = torch.tensor([-0.5, 0.0, 0.5, -2.0] + [-9.0] * 36, device=device).requires_grad_()
+    with use_backend(backend):
+        codes = encode_codes(x, W_enc, b_enc, threshold=torch.full((40,), -1.0, device=device), width=3)
+        codes.values.sum().backward()
+    assert codes.indices[:, :3].tolist() == [[0, 1, 2]] * 3
+    assert b_enc.grad.tolist() == [3.0, 0.0, 3.0] + [0.0] * 37
+
+
+@pytest.mark.parametrize("backend, half", [form for form in FORMS if form[1] != torch.float32], ids=str)
+def test_dtypes_beside_one_another(backend, half, device):
+    """x in fp32, W_enc in half precision, biases in fp32: each gradient in its own dtype, as accurate as its operands."""
+    x, W_enc, b_enc, b_dec = make(9, 7, 40, torch.float32, device)
+    W_enc = W_enc.to(half)
+    leaves = [
+        a.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for a in (x, W_enc, b_enc, b_dec)
+    ]
+    with use_backend(backend):
+        codes = encode_codes(*leaves, k=5)
+        dense = to_dense(codes, 40)
+        got = torch.autograd.grad(codes.values.float().square().sum(), leaves)
+    exact = [a.detach().double().requires_grad_() for a in (x, W_enc, b_enc, b_dec)]
+    acts = encode_codes_ref(*exact, dense != 0)
+    truth = torch.autograd.grad(acts, exact, 2 * dense.double())
+    for g, t, leaf in zip(got, truth, leaves, strict=True):
+        assert g.dtype == leaf.dtype and error(g, t) <= 8 * torch.finfo(half).eps
+
+
 def test_fp64_is_fp64(device):
     inputs = make(33, 17, 97, torch.float64, device)
     selected = to_dense(encode_codes(*inputs, k=5), 97) != 0

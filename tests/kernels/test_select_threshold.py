@@ -98,6 +98,18 @@ def test_empty_batch(backend, width, n_tail, device):
 
 
 @each_backend
+@pytest.mark.parametrize("n_active", [3, 4, 7, 8, 9])
+def test_rows_at_the_edge_of_their_slots(n_active, backend, device):
+    """Width 4: one entry beyond it needs a tail row of its own, and four more fill that."""
+    pre_acts = torch.full((2, 40), -1.0, device=device)
+    pre_acts[1, 5 : 5 + n_active] = 1.0
+    with use_backend(backend):
+        codes = select_threshold(pre_acts, width=4, n_tail=None)
+    assert_holds(codes, pre_acts > 0, pre_acts)
+    assert len(codes.indices) == 2 + (n_active - 1) // 4
+
+
+@each_backend
 def test_a_short_tail_loses_nothing_silently(backend, device):
     pre_acts = make(5, 97, torch.float32, device, shift=0.0)
     acts, emitted = select_threshold_ref(pre_acts)

@@ -81,6 +81,35 @@ def test_degenerate_rows(backend, positive, device):
             assert_exact(pre_acts, k, positive)
 
 
+@pytest.mark.parametrize("backend, dtype", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("positive", [True, False])
+def test_nans_tie_whatever_their_sign_and_payload(backend, dtype, positive, device):
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    infinity = int(torch.tensor(float("inf"), dtype=dtype).view(integer))
+    payloads = [infinity + 1, infinity + 2, torch.iinfo(integer).max]
+    payloads += [p + torch.iinfo(integer).min for p in payloads]  # -nan
+    nans = torch.tensor(payloads, dtype=integer).view(dtype)
+    pre_acts = normal(6, 130, dtype, "cpu")
+    for row in range(6):  # in another order in each row
+        pre_acts[row, 7 : 7 + 20 * 6 : 20] = nans.roll(row)
+    assert pre_acts.isnan().sum() == 36
+    with use_backend(backend):
+        for k in (1, 3, 6, 9):
+            assert_exact(pre_acts.to(device), k, positive)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_maxima_of_pairs_of_groups_bound_as_well(positive, device):
+    """With 8 k groups and more the torch form halves them; 6 groups are odd after one halving of 12, of 24 ..."""
+    for n_groups in (6, 24, 96):
+        pre_acts = normal(4, 32 * n_groups, torch.float32, device, n_groups)
+        pre_acts[1, : 32 * (n_groups // 2)] -= 10  # all winners in one half
+        pre_acts[2] = pre_acts[2].clamp(max=0)
+        for k in (1, 3):
+            with use_backend("torch"):
+                assert_exact(pre_acts, k, positive)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_empty_batch(backend, device):
     with use_backend(backend):

@@ -75,7 +75,7 @@ def expected(counts, codes: Codes, d_sae: int, chunk: int) -> dict[str, list[int
 
 
 def lists(t: Transposed) -> dict[str, list[int]]:
-    tensors = {name: a for name, a in t._asdict().items() if name != "chunk"}
+    tensors = {name: a for name, a in t._asdict().items() if isinstance(a, torch.Tensor)}
     assert {a.dtype for a in tensors.values()} == {torch.int32}
     return {name: a.tolist() for name, a in tensors.items()}
 
@@ -90,7 +90,7 @@ def test_transpose(name, counts, d_sae, width, n_tail, chunk, device):
         got = transpose(on_device, d_sae, chunk=chunk)
     assert lists(got) == truth
     assert lists(transpose_ref(codes, d_sae, chunk=chunk)) == truth
-    assert got.chunk == chunk
+    assert got.chunk == chunk and got.batch == len(counts)
 
 
 def test_torch_form_beyond_int16():

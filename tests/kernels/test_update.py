@@ -359,6 +359,41 @@ def test_momentum_zero_and_eps_zero(name, d, device):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
+def test_beta_zero_forgets_the_moments(name, device):
+    """Whatever they were: what is left of 1e30 would hide the gradient."""
+    got, codes = state(7, 19, device), to(make_codes(40, 7, 5), device)
+    got["m"].fill_(1e30), got["bias_m"].fill_(1e30)
+    source = torch.randn(40, 19, device=device)
+    with use_backend(name):
+        t = transpose(codes, 7)
+        update_rows(
+            t, codes.values, source, **got, scalars=scalars_at(1, 0.0, device), betas=(0.0, 0.5), eps=1.0
+        )
+        g_W, g_b = grad_rows(t, codes.values, source)
+    assert torch.equal(got["m"], g_W) and torch.equal(got["bias_m"], g_b)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("flags", VARIANTS[1:], ids=["unit", "free"])
+def test_a_row_of_zeros_is_not_divided_by_its_norm(name, flags, device):
+    got, codes = state(7, 19, device), to(make_codes(40, 7, 5), device)
+    idle = int((to_dense(codes, 7) != 0).any(0).logical_not().nonzero()[0])
+    got["W"][0], got["W"][idle] = 0, 0  # an active one, and one without a gradient
+    with use_backend(name):
+        update_rows(
+            transpose(codes, 7),
+            codes.values,
+            torch.randn(40, 19, device=device),
+            **got,
+            scalars=scalars_at(1, 0.01, device, l1=0.5),
+            betas=BETAS,
+            eps=EPS,
+            **flags,
+        )
+    assert got["W"].isfinite().all() and got["W"][0].any() and not got["W"][idle].any()
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
 def test_updates_repeat_to_the_bit(name, device):
     codes, source = to(make_codes(40, 7, 5), device), torch.randn(40, 19, device=device)
     runs = [state(7, 19, device) for _ in range(2)]
@@ -465,6 +500,10 @@ def test_errors(device):
         grad_rows(t, values.flatten(), source)
     with pytest.raises(ValueError, match=r"source must be contiguous"):
         grad_rows(t, values, torch.ones(9, 5).T)
+    with pytest.raises(ValueError, match=r"source is \[4, 9\], but must be \[5, any\]"):
+        grad_rows(t, values, source[:4])
+    with pytest.raises(ValueError, match=r"source is \[6, 9\], but must be \[5, any\]"):
+        update_rows(t, values, torch.ones(6, 9), W, m, v, **rest)
     with pytest.raises(ValueError, match=r"t.owners is int64"):
         grad_rows(t._replace(owners=t.owners.long()), values, source)
     with use_backend("triton"), pytest.raises(ValueError, match=r"16385 elements.*at most 16384"):

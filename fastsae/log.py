@@ -1,5 +1,6 @@
 """Where figures go: a file, wandb, the console (report.py). The loop talks to one sink and asks nothing."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,14 @@ class WandbSink(Sink):
 
     def close(self) -> None:
         self._run.finish()
+
+
+class WarningSink(Sink):
+    """Python's warnings for rows with a message: for runs that no console follows."""
+
+    def row(self, row: Row) -> None:
+        if "message" in row:
+            warnings.warn(row["message"], stacklevel=2)
 
 
 class Sinks(Sink):

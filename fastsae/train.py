@@ -21,7 +21,7 @@ from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.init import initialise
-from fastsae.log import JsonlSink, Sink, Sinks, WandbSink
+from fastsae.log import JsonlSink, Sink, Sinks, WandbSink, WarningSink
 from fastsae.memory import refused_if_too_large
 from fastsae.prepare import ACTIVATIONS, Job, prepare
 from fastsae.ring import RingBuffer
@@ -59,11 +59,11 @@ def train(
     Args:
         model: a TransformerBridge or HookedTransformer to use in place of config.model.name.
         activations: tensors [n, d_in] to train on in place of a source model; nothing is validated then.
-        sinks: where figures go beside metrics.jsonl.
+        sinks: where figures go beside metrics.jsonl; by default messages become warnings.
     Raises: a FastSAEError, in one line, for all that a user can mend. Ctrl-C ends with a checkpoint and
         a Result that says interrupted; before the first step it is a plain KeyboardInterrupt.
     """
-    return run(prepare(config, model=model, activations=activations), sinks)
+    return run(prepare(config, model=model, activations=activations), sinks or [WarningSink()])
 
 
 def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
@@ -194,9 +194,12 @@ class _Loop:
 
     def warn_if_early(self) -> None:
         if self.n_tokens < self.job.config.n_tokens:
+            what, more = "dataset", ' (data.on_exhausted = "repeat" would begin another epoch)'
+            if self.job.tokens is None:
+                what, more = "iterable", ""
             message = (
-                f"the dataset ended after {self.n_tokens:,} of n_tokens = {self.job.config.n_tokens:,} activations; "
-                'the run ends here (data.on_exhausted = "repeat" would begin another epoch)'
+                f"the {what} ended after {self.n_tokens:,} of n_tokens = {self.job.config.n_tokens:,} activations;"
+                f" the run ends here{more}"
             )
             self.log("warning", "", {"message": message})
 

@@ -146,6 +146,28 @@ def test_codes_compile_whole():
     assert torch.equal(compiled(x), sae.decode(sae.encode_sparse(x)))
 
 
+def test_a_dense_topk_compiles_whole_and_has_second_derivatives():
+    sae, x = trained("topk")  # k is d_sae / 8: forward is dense
+    compiled = torch.compile(lambda x: sae(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), sae(x))
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(sae(x).square().sum(), x, create_graph=True)
+    (gg,) = torch.autograd.grad(g.square().sum(), x)
+    assert gg.isfinite().all() and gg.any()
+
+
+def test_codes_without_slots_decode_to_the_bias():
+    sae, x = trained()
+    codes = sae.encode_sparse(x)
+    none = Codes(codes.indices[..., :0], codes.values[..., :0], torch.zeros_like(codes.counts))
+    assert torch.equal(sae.decode(none), (sae.b_dec / sae.scale).expand(3, 7, 12))
+
+
+def test_its_repr_says_its_shape():
+    assert repr(trained("topk")[0]) == "SAE(d_in=12, d_sae=40, activation=topk, k=5)"
+    assert "d_out=7" in repr(SAE(SAEConfig(12, 40, d_out=7, apply_b_dec_to_input=False)))
+
+
 def test_initial_x_hat_has_about_the_norm_of_x():
     sae = SAE(SAEConfig(64, 2048))
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))

@@ -168,7 +168,8 @@ def test_a_checkpoint_reconstructs_as_its_row_says(config, world):
 
 
 def test_a_dataset_that_ends_early_ends_the_run_cleanly(config):
-    result = fastsae.train(config(n_tokens=10**6))
+    with pytest.warns(UserWarning, match="the dataset ended after"):
+        result = fastsae.train(config(n_tokens=10**6))
     assert 5000 < result.n_tokens < 20_000 and not result.interrupted
     assert int(checkpoints(result.run_dir)[-1].name) == result.n_tokens
     (warning,) = rows(result.run_dir, "warning")
@@ -468,6 +469,14 @@ def test_activations_may_carry_a_graph(tmp_path):
         None, {"runs_dir": str(tmp_path), "n_tokens": 500, "device": "cpu", "sae": {"d_sae": 16}}
     )
     assert fastsae.train(run, activations=chunks).n_tokens == 500
+
+
+def test_activations_that_run_dry_are_said(tmp_path):
+    run = load_config(
+        None, {"runs_dir": str(tmp_path), "n_tokens": 900, "device": "cpu", "sae": {"d_sae": 16}}
+    )
+    with pytest.warns(UserWarning, match="the iterable ended after 500 of n_tokens = 900 activations"):
+        assert fastsae.train(run, activations=[torch.randn(100, 8) for _ in range(5)]).n_tokens == 500
 
 
 def test_wandb_offline(config, tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from benches import suite, workers
+from benches.cases import CASES
 from benches.kernel_tests import run_tests
 from benches.measure import checked, interleaved, measure
 from benches.workers import rows
-from benches.world import Case
+from benches.world import Case, Shape, World
 
 CPU = torch.device("cpu")
 TOP = {"copy_bytes": 2e9, "gather_bytes": 4e9, "flops": 1e9}
@@ -35,6 +36,14 @@ def no_bf16(i: int) -> None:
 def clock(f) -> float:
     """Calls return how long they take."""
     return f()
+
+
+@pytest.mark.parametrize("op", list(CASES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_case_passes_its_own_check(op, dtype):
+    case = CASES[op](World(Shape(40, 33, 300, 5, dtype), CPU))
+    case.check()
+    case.ours(1)
 
 
 def test_a_failed_check_is_a_wrong_row():

@@ -98,6 +98,17 @@ def test_nans_tie_whatever_their_sign_and_payload(backend, dtype, positive, devi
             assert_exact(pre_acts.to(device), k, positive)
 
 
+@pytest.mark.parametrize("backend, dtype", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("k", [3, 9, 40])
+def test_one_nan_takes_one_place(backend, dtype, positive, k, device):
+    """With k below half the number of groups, between, and above it."""
+    pre_acts = normal(3, 600, dtype, device)
+    pre_acts[1, 333], pre_acts[2, 5] = float("nan"), float("inf")
+    with use_backend(backend):
+        assert (assert_exact(pre_acts, k, positive).counts == k).all()
+
+
 @pytest.mark.parametrize("positive", [True, False])
 def test_maxima_of_pairs_of_groups_bound_as_well(positive, device):
     """With 8 k groups and more the torch form halves them; 6 groups are odd after one halving of 12, of 24 ..."""

@@ -27,9 +27,9 @@ from fastsae.seeds import generator
 if TYPE_CHECKING:
     import fastsae_kernels
 
-# Of d_sae: up to here `forward` goes through codes. Measured on 2 cores: half the dense forward's time here, the same at 1/32,
-# with the backward pass a quarter here and the same at 1/16. On a GPU the model says 1/80 and 1/140; not measured.
-SPARSE_SHARE = 1 / 64
+# Of d_sae: up to here `forward` goes through codes. On 2 cores they take two thirds of the dense form's time at 1/16, half with the
+# backward pass (benches.codes_or_dense). On a GPU the cost model says 1/80; not measured.
+SPARSE_SHARE = {"cpu": 1 / 16, "cuda": 1 / 80}
 SPARSE_ACTIVATIONS = ("relu", "topk")  # that fastsae_kernels.encode_codes has
 FREE_NORM = 0.1  # norm of decoder rows at the start where it is free; SAELens' decoder_init_norm
 SAELENS_VERSION = "6.54.12"  # the release whose folder layout `save` writes
@@ -141,7 +141,7 @@ class SAE(nn.Module):
         ReLU stays dense here: how many latents are active is known on the device alone, and at the start it is half of them.
         """
         k = self.cfg.k
-        sparse = k is not None and k <= SPARSE_SHARE * self.cfg.d_sae
+        sparse = k is not None and k <= SPARSE_SHARE.get(x.device.type, 0.0) * self.cfg.d_sae
         return self.decode(self.encode_sparse(x) if sparse else self.encode(x))
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ PEERS ?= .venv-peers
 # OpenMP's threads sleep while they wait: spinning, its default, halves the speed where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format bench peers clean
+.PHONY: demo test check format bench bench-peers peers clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fastsae train
@@ -25,6 +25,10 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pytest benches
+
+# Every pair, interleaved; peers that are not installed (make peers) are reported as not measured.
+bench-peers: $(VENV)/.ready
+	$(BIN)/python -m benches.peers.run --out benches/results/peers.json
 
 # The SAELens tests use this environment where it exists.
 peers: $(PEERS)/.ready

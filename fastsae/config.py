@@ -156,7 +156,9 @@ class StepConfig(Section):
     precision: Precision = "fp32"
     """Arithmetic of the matrix products; sums, losses and Adam are fp32 (fp64 for fp64)."""
     path: Literal["auto", "dense", "sparse"] = "auto"
-    """How the step is computed; "auto" is the dense path as long as there is no other."""
+    """How the step is computed, with the same numbers; "auto" is sparse where few latents are active."""
+    crossover: Share = 1 / 64
+    """Share of active latents up to which "auto" takes the sparse path."""
     lr: Literal["auto"] | PositiveFloat = "auto"
     """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 2e-4 / sqrt(d_sae / 2^14) for topk."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -330,8 +332,6 @@ def resolved_step(step: StepConfig, sae: SAEConfig, n_steps: int | None) -> Step
 
     Raises ConfigError for a field that belongs to another activation.
     """
-    if step.path == "sparse":
-        raise ConfigError('step.path = "sparse" is not built yet; say "auto" or "dense"')
     topk = sae.activation == "topk"
     for field in ("auxk_coefficient", "k_aux") if not topk else ("l1_coefficient",):
         if getattr(step, field) is not None:

@@ -16,16 +16,29 @@ def adam_(
     betas: tuple[float, float],
     eps: float,
     grad_scale: Tensor | float = 1.0,
+    skip: Float[Tensor, ""] | None = None,
 ) -> None:
-    """One step of Adam in place (Kingma and Ba 2015, algorithm 1); the same bits as torch.optim.Adam's maths.
+    """One step of Adam in place (Kingma and Ba 2015, algorithm 1), by the kernel of torch.optim.Adam(fused=True).
 
-    Args: step counts from 1; grad_scale multiplies the gradient (clipping). grad is overwritten.
+    Args: step counts from 1; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves. grad is overwritten.
     """
     grad.mul_(grad_scale)
-    m.lerp_(grad, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    scale = torch.sqrt(v, out=grad).div_((1 - betas[1] ** step) ** 0.5).add_(eps)
-    param.addcdiv_(m, scale, value=-lr / (1 - betas[0] ** step))
+    torch._fused_adam_(
+        [param],
+        [grad],
+        [m],
+        [v],
+        [],
+        [torch.full((), float(step), device=param.device)],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=None if skip is None else skip.float(),
+    )
 
 
 def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
@@ -46,11 +59,10 @@ def project_rows_(g_W_dec: Float[Tensor, "d_sae d"], W_dec: Float[Tensor, "d_sae
     g_W_dec.sub_((g_W_dec * W_dec).sum(-1, keepdim=True) * W_dec)
 
 
-def normalise_rows_(W_dec: Float[Tensor, "d_sae d"]) -> None:
-    """Bring each row to norm 1."""
-    W_dec.div_(
-        torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp_(min=torch.finfo(W_dec.dtype).tiny)
-    )
+def normalise_rows_(W_dec: Float[Tensor, "d_sae d"], skip: Float[Tensor, ""]) -> None:
+    """Bring each row to norm 1; where skip is not 0 nothing changes."""
+    norms = torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp_(min=torch.finfo(W_dec.dtype).tiny)
+    W_dec.div_(norms.masked_fill_(skip != 0, 1))
 
 
 def lr_factor(step: int, warmup_steps: int, decay_fraction: float, n_steps: int | None) -> float:

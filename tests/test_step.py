@@ -9,11 +9,12 @@ import torch
 from fastsae import activations, losses
 from fastsae.activations import activate, largest
 from fastsae.config import SAEConfig, StepConfig
+from fastsae.dense import gradients
 from fastsae.errors import ConfigError
 from fastsae.init import geometric_median, initialise
 from fastsae.optim import lr_factor, ramp
 from fastsae.sae import SAE
-from fastsae.step import PARAMS, TrainStep, gradients
+from fastsae.step import PARAMS, TrainStep
 
 BATCH, D_IN, D_SAE = 37, 24, 61
 
@@ -140,7 +141,8 @@ def test_a_wrong_gradient_is_found():
 
 @pytest.mark.parametrize("activation, norm", itertools.product(("relu", "topk"), ("unit", "free")))
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_steps_equal_torch_adam(activation, norm, clip):
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_steps_equal_torch_adam(path, activation, norm, clip):
     """Projection, clipping, Adam, renormalisation and schedules over 12 steps, against torch's own pieces."""
     sae, _, _ = make(activation, norm)
     sae.scale.fill_(1.7)
@@ -148,6 +150,7 @@ def test_steps_equal_torch_adam(activation, norm, clip):
     config = {"l1_coefficient": 0.5} if activation == "relu" else {"auxk_coefficient": 0.3, "k_aux": 5}
     cfg = StepConfig(
         precision="fp64",
+        path=path,
         lr=lr,
         grad_clip=clip,
         lr_warmup_steps=3,

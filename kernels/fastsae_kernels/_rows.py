@@ -1,4 +1,4 @@
-"""The row pass of `grad_rows` and `update_rows`: sum a latent's entries, then store the sum, or step Adam with it.
+"""The row pass of `grad_rows`, `grad_norms` and `update_rows`: sum a latent's entries, then store the sum, its norm, or step Adam with it.
 
 One program sums a latent's row in registers, in a fixed order, and then projects it, steps Adam, renormalises the row and
 writes the copy that the next forward reads: the dense gradient never exists. Latents with more than `chunk` entries are
@@ -99,6 +99,7 @@ def _rows_kernel(
     partial_sums_ptr,
     g_w_ptr,
     g_b_ptr,
+    squares_ptr,
     w_ptr,
     m_ptr,
     v_ptr,
@@ -115,6 +116,8 @@ def _rows_kernel(
     d,
     chunk,
     ADAM: tl.constexpr,
+    NORMS: tl.constexpr,
+    HAS_W: tl.constexpr,
     PROJECT: tl.constexpr,
     RENORMALISE: tl.constexpr,
     L1_ROWS: tl.constexpr,
@@ -146,15 +149,16 @@ def _rows_kernel(
         row += tl.sum(partials, axis=0)
         total += tl.sum(tl.load(partial_sums_ptr + number, mask=taken, other=0.0), axis=0)
     offsets = latent * d + cols
-    if ADAM:
-        per_root_c2 = 1 / tl.sqrt_rn(tl.load(scalars_ptr + 2))
-        step_size = tl.div_rn(tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
-        grad_scale = tl.load(scalars_ptr + 3)
+    if HAS_W:
         w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
         if L1_ROWS:
             row += (tl.load(scalars_ptr + 4) * total / _norm(w)) * w
         if PROJECT:
             row -= tl.sum(row * w, axis=0) * w
+    if ADAM:
+        per_root_c2 = 1 / tl.sqrt_rn(tl.load(scalars_ptr + 2))
+        step_size = tl.div_rn(tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
+        grad_scale = tl.load(scalars_ptr + 3)
         m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
         w, m, v = _adam(
@@ -187,8 +191,11 @@ def _rows_kernel(
             tl.store(bias_m_ptr + latent, m_b, mask=first_block)
             tl.store(bias_v_ptr + latent, v_b, mask=first_block)
     else:
-        tl.store(g_w_ptr + offsets, row, mask=mask)
         tl.store(g_b_ptr + latent, total, mask=first_block)
+        if NORMS:
+            tl.store(squares_ptr + latent * tl.num_programs(1) + tl.program_id(1), tl.sum(row * row, axis=0))
+        else:
+            tl.store(g_w_ptr + offsets, row, mask=mask)
 
 
 def _config(d: int, whole: bool = False) -> tuple[dict[str, int], int, int]:
@@ -237,6 +244,7 @@ def rows_triton(
     *,
     g_W: Tensor | None = None,
     g_b: Tensor | None = None,
+    squares: Tensor | None = None,
     W: Tensor | None = None,
     m: Tensor | None = None,
     v: Tensor | None = None,
@@ -251,7 +259,7 @@ def rows_triton(
     bias_m: Tensor | None = None,
     bias_v: Tensor | None = None,
 ) -> None:
-    """Write g_W and g_b, or update W in place where it is given."""
+    """Write g_b and g_W, or g_b and squares [n, blocks of a row], or update W in place where its moments are given."""
     partials, partial_sums = _partials(t, coefficients, source)
     blocks, num_warps, n_blocks = _config(source.shape[1], whole=project or renormalise or l1_rows)
     launch(
@@ -268,6 +276,7 @@ def rows_triton(
         partial_sums_ptr=partial_sums,
         g_w_ptr=g_W,
         g_b_ptr=g_b,
+        squares_ptr=squares,
         w_ptr=W,
         m_ptr=m,
         v_ptr=v,
@@ -284,7 +293,9 @@ def rows_triton(
         eps=eps,
         d=source.shape[1],
         chunk=t.chunk,
-        ADAM=W is not None,
+        ADAM=m is not None,
+        NORMS=squares is not None,
+        HAS_W=W is not None,
         PROJECT=project,
         RENORMALISE=renormalise,
         L1_ROWS=l1_rows,
@@ -292,3 +303,32 @@ def rows_triton(
         HAS_SHADOW=shadow is not None,
         **blocks,
     )
+
+
+def norms_triton(
+    t: Transposed,
+    coefficients: Tensor,
+    source: Tensor,
+    *,
+    W: Tensor | None,
+    scalars: Tensor | None,
+    project: bool,
+    l1_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    """Squared norm of every gradient row, and g_b."""
+    n_blocks = _config(source.shape[1], whole=project or l1_rows)[2]
+    squares = source.new_empty(len(t.starts) - 1, n_blocks, dtype=torch.float32)
+    g_b = source.new_empty(len(squares), dtype=torch.float32)
+    W = W if project or l1_rows else None
+    rows_triton(
+        t,
+        coefficients,
+        source,
+        g_b=g_b,
+        squares=squares,
+        W=W,
+        scalars=scalars,
+        project=project,
+        l1_rows=l1_rows,
+    )
+    return squares.sum(1), g_b

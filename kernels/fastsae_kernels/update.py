@@ -1,16 +1,18 @@
-"""Weight gradients by row from transposed codes, and the whole Adam step on top of them in the same pass.
+"""Weight gradients by row from transposed codes, their norms, and the whole Adam step on top of them in the same pass.
 
 g_W[j] = sum over entries e of latent j of coefficients[slots_e] * source[owners_e]. W_dec: coefficients = values, source = the
 gradient at x_hat; W_enc: coefficients = the gradient at the values, source = the input. The kernels are those of _rows; this
-file has the torch forms and the two ops.
+file has the torch forms and the ops.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastsae_kernels._launch import backend, check
 from fastsae_kernels._op import op
-from fastsae_kernels._rows import MAX_D, rows_triton
+from fastsae_kernels._rows import MAX_D, norms_triton, rows_triton
 from fastsae_kernels.transpose import Transposed
 
 BLOCK = 2**19  # elements that the torch form updates at a time: 2 MB each of W, m, v and the gradient
@@ -23,6 +25,38 @@ def grad_rows_ref(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[
     dense = taken.new_zeros(len(source), n)
     dense[t.owners[:end].long(), latents] = taken
     return dense.to(source.dtype).T @ source, dense.sum(0)
+
+
+def _row_gradient_ref(
+    t: Transposed,
+    coefficients: Tensor,
+    source: Tensor,
+    W: Tensor | None,
+    l1: Tensor | None,
+    project: bool,
+    l1_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    g, sums = grad_rows_ref(t, coefficients, source)
+    if W is not None and l1 is not None and l1_rows:
+        g = g + l1 * sums[:, None] * W / W.norm(dim=1, keepdim=True)
+    if W is not None and project:
+        g = g - (g * W).sum(1, keepdim=True) * W
+    return g, sums
+
+
+def grad_norms_ref(
+    t: Transposed,
+    coefficients: Tensor,
+    source: Tensor,
+    W: Tensor | None = None,
+    *,
+    scalars: Tensor | None = None,
+    project: bool = False,
+    l1_rows: bool = False,
+) -> tuple[Tensor, Tensor]:
+    l1 = None if scalars is None else scalars[4]
+    g, sums = _row_gradient_ref(t, coefficients, source, W, l1, project, l1_rows)
+    return g.square().sum(1), sums
 
 
 def update_rows_ref(
@@ -42,12 +76,7 @@ def update_rows_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new W, m and v. A bias is a W of one column, with source 1."""
     lr, c1, c2, grad_scale, l1, _ = scalars
-    g, sums = grad_rows_ref(t, coefficients, source)
-    if l1_rows:
-        g = g + l1 * sums[:, None] * W / W.norm(dim=1, keepdim=True)
-    if project:
-        g = g - (g * W).sum(1, keepdim=True) * W
-    g = g * grad_scale
+    g = _row_gradient_ref(t, coefficients, source, W, l1, project, l1_rows)[0] * grad_scale
     m = betas[0] * m + (1 - betas[0]) * g
     v = betas[1] * v + (1 - betas[1]) * g * g
     W = W - lr * (m / c1) / ((v / c2).sqrt() + eps)
@@ -77,6 +106,53 @@ def _grad_rows_torch(t: Transposed, coefficients: Tensor, source: Tensor) -> tup
     return _bag_sums(taken, t.owners[: len(taken)], t.starts, source), g_b
 
 
+def _row_gradients(
+    t: Transposed,
+    taken: Tensor,
+    sums: Tensor,
+    source: Tensor,
+    W: Tensor | None,
+    *,
+    l1: float | None,
+    project: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Block of rows by block, so that each gradient is used while it is in the cache. Waits for the device."""
+    n, size = len(sums), max(BLOCK // max(source.shape[1], 1), 1)
+    bounds = [*range(0, n, size), n]
+    starts = t.starts[bounds].tolist()
+    for i, first in enumerate(bounds[:-1]):
+        rows, here = slice(first, bounds[i + 1]), slice(starts[i], starts[i + 1])
+        offsets = t.starts[first : bounds[i + 1] + 1] - starts[i]
+        g = _bag_sums(taken[here], t.owners[here], offsets, source)
+        if W is not None:
+            w = W[rows]
+            if l1 is not None:
+                norm = torch.linalg.vector_norm(w, dim=-1).clamp_(min=torch.finfo(w.dtype).tiny)
+                g.addcmul_(w, (l1 * sums[rows] / norm)[:, None])
+            if project:
+                g.addcmul_(w, torch.linalg.vecdot(g, w)[:, None], value=-1)
+        yield rows, g
+
+
+def _grad_norms_torch(
+    t: Transposed,
+    coefficients: Tensor,
+    source: Tensor,
+    *,
+    W: Tensor | None,
+    scalars: Tensor | None,
+    project: bool,
+    l1_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    source = source.to(torch.promote_types(source.dtype, torch.float32 if W is None else W.dtype))
+    taken, g_b = _taken(t, coefficients, source.dtype)
+    l1 = float(scalars[4]) if scalars is not None and l1_rows else None
+    squares = torch.empty_like(g_b)
+    for rows, g in _row_gradients(t, taken, g_b, source, W, l1=l1, project=project):
+        torch.linalg.vecdot(g, g, out=squares[rows])
+    return squares, g_b
+
+
 def _update_rows_torch(
     t: Transposed,
     coefficients: Tensor,
@@ -96,7 +172,6 @@ def _update_rows_torch(
     bias_m: Tensor | None,
     bias_v: Tensor | None,
 ) -> None:
-    """Block of rows by block, so that each gradient is used while it is in the cache. Waits for the device."""
     lr, c1, c2, grad_scale, l1, skip = scalars.tolist()
     if skip:
         return
@@ -126,22 +201,11 @@ def _update_rows_torch(
         if wide is not m:
             m.copy_(wide)
 
-    source = source.to(W.dtype)
     taken, sums = _taken(t, coefficients, W.dtype)
     taken, sums = taken * grad_scale, sums * grad_scale  # here, since the gradient is linear in them
-    size = max(BLOCK // max(W.shape[1], 1), 1)
-    bounds = [*range(0, len(W), size), len(W)]
-    starts = t.starts[bounds].tolist()
-    for i, first in enumerate(bounds[:-1]):
-        rows, here = slice(first, bounds[i + 1]), slice(starts[i], starts[i + 1])
+    l1 = l1 if l1_rows else None
+    for rows, g in _row_gradients(t, taken, sums, source.to(W.dtype), W, l1=l1, project=project):
         w = W[rows]
-        offsets = t.starts[first : bounds[i + 1] + 1] - starts[i]
-        g = _bag_sums(taken[here], t.owners[here], offsets, source)
-        if l1_rows:
-            norm = torch.linalg.vector_norm(w, dim=-1).clamp_(min=tiny)
-            g.addcmul_(w, (l1 * sums[rows] / norm)[:, None])
-        if project:
-            g.addcmul_(w, torch.linalg.vecdot(g, w)[:, None], value=-1)
         adam(w, g, m[rows], v[rows])
         if renormalise:
             w.div_(torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp_(min=tiny))
@@ -187,6 +251,48 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     n, dtype = starts.shape[0] - 1, torch.promote_types(source.dtype, torch.float32)
     return source.new_empty(n, source.shape[1], dtype=dtype), source.new_empty(n, dtype=dtype)
+
+
+@op("grad_norms")
+def _grad_norms(
+    starts: Tensor,
+    owners: Tensor,
+    slots: Tensor,
+    chunk_starts: Tensor,
+    chunk_latents: Tensor,
+    chunk: int,
+    batch: int,
+    coefficients: Tensor,
+    source: Tensor,
+    W: Tensor | None,
+    scalars: Tensor | None,
+    project: bool,
+    l1_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    t = Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, batch)
+    form = norms_triton if backend(source if W is None else W) == "triton" else _grad_norms_torch
+    return form(t, coefficients, source, W=W, scalars=scalars, project=project, l1_rows=l1_rows)
+
+
+@_grad_norms.register_fake
+def _(
+    starts: Tensor,
+    owners: Tensor,
+    slots: Tensor,
+    chunk_starts: Tensor,
+    chunk_latents: Tensor,
+    chunk: int,
+    batch: int,
+    coefficients: Tensor,
+    source: Tensor,
+    W: Tensor | None,
+    scalars: Tensor | None,
+    project: bool,
+    l1_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(source.dtype, torch.float32 if W is None else W.dtype)
+    squares = source.new_empty(starts.shape[0] - 1, dtype=dtype)
+    return squares, torch.empty_like(squares)
 
 
 @op("update_rows", mutates_args=("W", "m", "v", "shadow", "bias", "bias_m", "bias_v"))
@@ -263,6 +369,45 @@ def grad_rows(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tens
     return g_W, g_b
 
 
+def grad_norms(
+    t: Transposed,
+    coefficients: Tensor,
+    source: Tensor,
+    W: Tensor | None = None,
+    *,
+    scalars: Tensor | None = None,
+    project: bool = False,
+    l1_rows: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Squared norms of the gradient rows that `update_rows` would step with, before scalars[3]: for clipping by the global norm.
+
+    The gradient is summed and dropped, so that this is one gather and no [d_sae, d] tensor. The same bits every time.
+
+    Args: as in `update_rows`. W and scalars are for project and l1_rows, and may be left out where both are off.
+    Returns: squares [d_sae], and g_b [d_sae], the sums of the coefficients; fp32, fp64 where W or source is.
+    Raises: ValueError for a shape, dtype, device or layout that does not fit.
+    """
+    _check(t, coefficients, source)
+    n, d = t.starts.shape[0] - 1, source.shape[1]
+    if project or l1_rows:
+        if W is None or (l1_rows and scalars is None):
+            raise ValueError("project needs W, and l1_rows needs W and scalars")
+        _check_whole_rows(W, d)
+    if W is not None:
+        check("W", W, (n, d), dtypes=(torch.float32, torch.float64), like=source)
+    if scalars is not None:
+        check("scalars", scalars, (6,), dtypes=(torch.float32, torch.float64), like=source)
+    squares, g_b = _grad_norms(*t, coefficients.detach(), source.detach(), W, scalars, project, l1_rows)
+    return squares, g_b
+
+
+def _check_whole_rows(W: Tensor, d: int) -> None:
+    if d > MAX_D and backend(W) == "triton":
+        raise ValueError(
+            f"rows have {d} elements, but at most {MAX_D} can be projected, renormalised or take part in L1 on a GPU"
+        )
+
+
 def update_rows(
     t: Transposed,
     coefficients: Tensor,
@@ -307,10 +452,8 @@ def update_rows(
     check("m", m, (n, d), dtypes=(*own, torch.bfloat16), like=source)
     check("v", v, (n, d), dtypes=own, like=source)
     check("scalars", scalars, (6,), dtypes=(torch.float32, *own), like=source)
-    if (project or renormalise or l1_rows) and d > MAX_D and backend(W) == "triton":
-        raise ValueError(
-            f"rows have {d} elements, but at most {MAX_D} can be projected, renormalised or take part in L1 on a GPU"
-        )
+    if project or renormalise or l1_rows:
+        _check_whole_rows(W, d)
     if shadow is not None:
         check("shadow", shadow, (n, d), like=source)
     if len({bias is None, bias_m is None, bias_v is None}) > 1:

@@ -28,7 +28,7 @@ from triton.errors import TritonError
 
 from benches.world import Shape
 from fastsae_kernels._launch import INTERPRET, Capability, use_backend
-from fastsae_kernels._rows import rows_triton
+from fastsae_kernels._rows import norms_triton, rows_triton
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import _decode_triton, _g_values_triton
 from fastsae_kernels.decode_loss import _decode_loss_triton
@@ -130,6 +130,8 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
         "grad_rows",
         lambda: rows_triton(csc, empty(s.batch, s.k), x, g_W=empty(s.n, s.d), g_b=norms),
     )
+    unit = {"W": empty(s.n, s.d), "scalars": empty(6), "project": True, "l1_rows": False}
+    yield "grad_norms", lambda: norms_triton(csc, empty(s.batch, s.k), x, **unit)
     yield "W_dec", lambda: update_rows(project=True, renormalise=True, bias=False)
     if not all_options:
         return

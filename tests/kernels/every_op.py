@@ -20,7 +20,7 @@ from fastsae_kernels.select_batchtopk import select_batchtopk
 from fastsae_kernels.select_threshold import select_threshold
 from fastsae_kernels.select_topk import select_topk
 from fastsae_kernels.transpose import transpose
-from fastsae_kernels.update import grad_rows, update_rows
+from fastsae_kernels.update import grad_norms, grad_rows, update_rows
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 HOT = 3  # a latent that is active in every input, so that its row is summed in chunks
@@ -85,6 +85,9 @@ def calls(w: World) -> dict[str, Callable[[], Any]]:
         "transpose, tail": lambda: transpose(tailed, n, chunk=8),
         "grad_rows": lambda: grad_rows(t, codes.values, x),
         "grad_rows, tail": lambda: grad_rows(t_tailed, tailed.values, x),
+        "grad_norms": lambda: grad_norms(
+            t, codes.values, x, w.W_dec.float(), scalars=scalars(w.device), project=True
+        ),
         "update_rows": updated,
         "dense_loss": lambda: dense_loss(x, w.b_dec, w.x[1]),
         "dense_codes_grad": lambda: dense_codes_grad(w.pre[1], pre.relu(), l1=l1, norms=norms),

@@ -6,7 +6,14 @@ from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, tail_starts, to_dense
 from fastsae_kernels.testing import assert_as_accurate, assert_close
 from fastsae_kernels.transpose import transpose
-from fastsae_kernels.update import grad_rows, grad_rows_ref, update_rows, update_rows_ref
+from fastsae_kernels.update import (
+    grad_norms,
+    grad_norms_ref,
+    grad_rows,
+    grad_rows_ref,
+    update_rows,
+    update_rows_ref,
+)
 from tests.kernels.forms import ALL_FORMS, FORMS, TRITON_HALVES
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -82,6 +89,36 @@ def test_grad_rows(name, dtype, coefficients, batch, d_sae, d, width, chunk, dev
     assert torch.equal(
         once[0][(dense != 0).sum(0) == 0].abs().sum().cpu(), torch.zeros((), dtype=once[0].dtype)
     )
+
+
+@pytest.mark.parametrize("name, dtype, coefficients", GRAD_FORMS, ids=str)
+@pytest.mark.parametrize("how", [{}, {"project": True}, {"l1_rows": True}], ids=["plain", "project", "l1"])
+@pytest.mark.parametrize("batch, d_sae, d, width, chunk", SIZES)
+def test_grad_norms(name, dtype, coefficients, batch, d_sae, d, width, chunk, how, device, monkeypatch):
+    monkeypatch.setattr(update, "BLOCK", 2 * d)  # several blocks of rows in the torch form
+    gen = torch.Generator().manual_seed(1)
+    codes = to(make_codes(batch, d_sae, width), device)
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    W = unit_rows(d_sae, d, gen).to(device, own)
+    inputs = [codes.values.to(coefficients), torch.randn(batch, d, generator=gen).to(device, dtype), W]
+    with use_backend(name):
+        t = transpose(codes, d_sae, chunk=chunk)
+
+        def op(values, source, W):
+            scalars = torch.tensor([0, 1, 1, 0.5, 2.0**-4, 0], device=device, dtype=own)
+            return grad_norms(t, values, source, W, scalars=scalars, **how)
+
+        def ref(values, source, W):
+            sums = torch.promote_types(source.dtype, torch.float32)
+            scalars = torch.tensor([0, 1, 1, 0.5, 2.0**-4, 0], device=device, dtype=sums)
+            return grad_norms_ref(t, values.to(sums), source.to(sums), W.to(sums), scalars=scalars, **how)
+
+        assert_as_accurate(op, ref, inputs, grads=False)
+        squares, g_b = op(*inputs)
+        if not how:
+            alone = grad_norms(t, *inputs[:2])
+            assert torch.equal(squares, alone[0]) and torch.equal(g_b, alone[1])
+    assert squares.dtype == own
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
@@ -444,6 +481,8 @@ def test_columns_in_blocks_are_the_same_bits(device, monkeypatch):
         with use_backend("triton"):
             t = transpose(codes, 7, chunk=3)
             found.append(grad_rows(t, codes.values, source))
+            squares, _ = grad_norms(t, codes.values, source)
+            torch.testing.assert_close(squares, found[-1][0].square().sum(1))
             update_rows(
                 t, codes.values, source, **got, scalars=scalars_at(1, 0.01, device), betas=BETAS, eps=EPS
             )
@@ -482,6 +521,9 @@ def test_opcheck(name, device):
     with use_backend(name):
         t = transpose(codes, 7, chunk=2)
         torch.library.opcheck(ops.grad_rows.default, (*t, codes.values, source))
+        norms = (got["W"], scalars_at(1, 0.01, device), True, True)
+        torch.library.opcheck(ops.grad_norms.default, (*t, codes.values, source, *norms))
+        torch.library.opcheck(ops.grad_norms.default, (*t, codes.values, source, None, None, False, False))
         arguments = (got["W"], got["m"], got["v"], scalars_at(1, 0.01, device), *BETAS, EPS, got["W"].half())
         biases = (got["bias"], got["bias_m"], got["bias_v"])
         torch.library.opcheck(
@@ -506,6 +548,14 @@ def test_errors(device):
         update_rows(t, values, torch.ones(6, 9), W, m, v, **rest)
     with pytest.raises(ValueError, match=r"t.owners is int64"):
         grad_rows(t._replace(owners=t.owners.long()), values, source)
+    with pytest.raises(ValueError, match=r"project needs W"):
+        grad_norms(t, values, source, project=True)
+    with pytest.raises(ValueError, match=r"l1_rows needs W and scalars"):
+        grad_norms(t, values, source, W, l1_rows=True)
+    with pytest.raises(ValueError, match=r"W is \[7, 8\], but must be \[7, 9\]"):
+        grad_norms(t, values, source, W[:, :8])
+    with use_backend("triton"), pytest.raises(ValueError, match=r"16385 elements.*at most 16384"):
+        grad_norms(t, values, torch.ones(5, 16385), torch.ones(7, 16385), project=True)
     with use_backend("triton"), pytest.raises(ValueError, match=r"16385 elements.*at most 16384"):
         update_rows(t, values, torch.ones(5, 16385), *torch.ones(3, 7, 16385), **rest, project=True)
     with pytest.raises(ValueError, match=r"W is \[7, 8\], but must be \[7, 9\]"):

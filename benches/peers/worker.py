@@ -1,0 +1,271 @@
+"""One trainer in a process of its own: `python -m benches.peers.worker --trainer NAME --shape B,D,N,K --device cpu`.
+
+Every trainer runs the step code of its own package on the same batches, from the same weights: unit decoder rows, W_enc their
+transpose, b_enc so that about k latents are active (ReLU), at a learning rate that leaves all of that as it is. For each line on
+standard input it takes one step and answers with its seconds and its loss. It needs torch and its own package only.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LR = 1e-9  # the weights stay: every step does the same work at the same L0
+L1 = 2.0
+N_BATCHES = 3
+
+
+class Problem(NamedTuple):
+    """What every trainer starts from."""
+
+    xs: list[Tensor]
+    W_dec: Tensor
+    b_enc: Tensor  # for ReLU; TopK starts at 0
+    k: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.xs[0]), self.xs[0].shape[1], len(self.W_dec)
+
+
+Step = Callable[[Tensor], Tensor]  # one step on a batch; the loss that the package reports
+
+
+def make(batch: int, d: int, n: int, k: int, device: torch.device) -> Problem:
+    gen = torch.Generator().manual_seed(0)
+    xs = [torch.randn(batch, d, generator=gen) for _ in range(N_BATCHES)]
+    W_dec = torch.nn.functional.normalize(torch.randn(n, d, generator=gen), dim=1)
+    pre = xs[0][:512] @ W_dec.T
+    level = pre.flatten().sort(descending=True).values[len(pre) * k]
+    return Problem([x.to(device) for x in xs], W_dec.to(device), (-level).expand(n).to(device).clone(), k)
+
+
+def fastsae(p: Problem, activation: str, precision: str, norm: str, clip: bool, path: str) -> Step:
+    from fastsae import SAE, SAEConfig, StepConfig, TrainStep
+
+    _, d, n = p.shape
+    topk = activation == "topk"
+    cfg = SAEConfig(d, n, activation=activation, decoder_norm=norm, **({"k": p.k} if topk else {}))
+    sae = SAE(cfg, device=p.W_dec.device)
+    with torch.no_grad():
+        sae.W_dec.copy_(p.W_dec)
+        sae.W_enc.copy_(p.W_dec.T)
+        if not topk:
+            sae.b_enc.copy_(p.b_enc)
+    terms = {} if topk else {"l1_coefficient": L1, "l1_warmup_fraction": 0.0}
+    step = TrainStep(
+        sae, StepConfig(lr=LR, precision=precision, grad_clip=1.0 if clip else None, path=path, **terms)
+    )
+    return lambda x: step(x).loss
+
+
+def saelens(p: Problem, activation: str, autocast: bool, compiled: bool) -> Step:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.sae import TrainingSAE
+    from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    batch, d, n = p.shape
+    device = str(p.W_dec.device)
+    sae: TrainingSAE[Any]
+    if activation == "topk":
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=n, k=p.k, device=device))
+    else:
+        sae = StandardTrainingSAE(
+            StandardTrainingSAEConfig(d_in=d, d_sae=n, l1_coefficient=L1, device=device)
+        )
+    with torch.no_grad():
+        sae.W_dec.copy_(p.W_dec)
+        sae.W_enc.copy_(p.W_dec.T)
+        if activation != "topk":
+            sae.b_enc.copy_(p.b_enc)
+    if compiled:
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass)
+    cfg = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=batch,
+        lr=LR,
+        lr_end=LR,
+        device=device,
+        autocast=autocast,
+    )
+    trainer = SAETrainer(cfg, sae, data_provider=iter(()))
+
+    def step(x: Tensor) -> Tensor:
+        loss: Tensor = trainer._train_step(sae, x).loss
+        return loss
+
+    return step
+
+
+def dictionary_learning(p: Problem, activation: str) -> Step:
+    backward = torch.Tensor.backward
+    from dictionary_learning.trainers.standard import StandardTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    torch.Tensor.backward = backward  # nnsight, which the package imports, puts a slow tracer there
+    _, d, n = p.shape
+    common = {
+        "steps": 10**6, "activation_dim": d, "dict_size": n, "layer": 0, "lm_name": "none", "lr": LR,
+        "warmup_steps": 1, "device": str(p.W_dec.device),
+    }  # fmt: skip
+    if activation == "topk":
+        trainer = TopKTrainer(**common, k=p.k)
+    else:
+        trainer = StandardTrainer(**common, l1_penalty=L1, sparsity_warmup_steps=None)
+    with torch.no_grad():
+        trainer.ae.decoder.weight.copy_(p.W_dec.T)
+        trainer.ae.encoder.weight.copy_(p.W_dec)
+        if activation != "topk":
+            trainer.ae.encoder.bias.copy_(p.b_enc)
+    seen: list[Tensor] = []
+    inner = trainer.loss
+    trainer.loss = lambda *a, **how: seen.append(inner(*a, **how)) or seen[-1]
+
+    def step(x: Tensor) -> Tensor:
+        seen.clear()
+        trainer.update(1, x)  # step 0 would set b_dec
+        return seen[0].detach()
+
+    return step
+
+
+def sparsify(p: Problem) -> Step:
+    """Its trainer's own step is a forward hook; these are the calls that it makes there, in their order."""
+    if p.W_dec.device.type == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    _, d, n = p.shape
+    coder = SparseCoder(
+        d, SparseCoderConfig(num_latents=n, k=p.k), device=p.W_dec.device, dtype=torch.float32
+    )
+    with torch.no_grad():
+        coder.W_dec.copy_(p.W_dec)
+        coder.encoder.weight.copy_(p.W_dec)
+    adam = torch.optim.Adam(coder.parameters(), lr=LR)
+    since_fired = torch.zeros(n, dtype=torch.long, device=p.W_dec.device)
+
+    def step(x: Tensor) -> Tensor:
+        coder.set_decoder_norm_to_unit_norm()
+        fired = torch.zeros(n, dtype=torch.bool, device=x.device)
+        total_variance = (x - x.mean(0)).pow(2).sum()
+        out = coder(x=x, y=x, dead_mask=since_fired > 10_000_000, total_variance=total_variance)
+        fired[out.latent_indices.flatten()] = True
+        float(out.fvu.detach())
+        loss = out.fvu + out.auxk_loss / 32
+        loss.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        since_fired.add_(len(x)).masked_fill_(fired, 0)
+        return (out.fvu * total_variance / len(x)).detach()  # in ours' units
+
+    return step
+
+
+def dense_torch(p: Problem, activation: str, compiled: bool) -> Step:
+    """The maths in plain torch: autograd, fused Adam, clipping."""
+    W_enc, b_enc, W_dec = (t.clone().requires_grad_() for t in (p.W_dec.T.contiguous(), p.b_enc, p.W_dec))
+    b_dec = torch.zeros(p.W_dec.shape[1], device=p.W_dec.device, requires_grad=True)
+    parameters = [W_enc, b_enc, W_dec, b_dec]
+    if activation == "topk":
+        b_enc.data.zero_()
+    adam = torch.optim.Adam(parameters, lr=LR, fused=True)
+
+    def forward(x: Tensor) -> Tensor:
+        acts = ((x - b_dec) @ W_enc + b_enc).relu()
+        if activation == "topk":
+            top = acts.topk(p.k, dim=-1)
+            acts = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
+        loss = (acts @ W_dec + b_dec - x).square().sum(-1).mean()
+        return loss if activation == "topk" else loss + L1 * (acts * W_dec.norm(dim=-1)).sum(-1).mean()
+
+    run = torch.compile(forward) if compiled else forward
+
+    def step(x: Tensor) -> Tensor:
+        loss = run(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        adam.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def without_broken_torchvision() -> None:
+    """nnsight installs one for CUDA, which does not load beside torch's CPU build and would take transformers with it."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
+Make = Callable[[Problem], Step]
+
+
+def _ours() -> dict[str, Make]:
+    """By every choice: "fastsae relu fp32 free sparse", "fastsae topk bf16 unit unclipped dense", ..."""
+    choices = itertools.product(
+        ("relu", "topk"), ("fp32", "bf16"), ("unit", "free"), (True, False), ("sparse", "dense")
+    )
+    return {
+        " ".join(["fastsae", activation, precision, norm, *([] if clip else ["unclipped"]), path]): partial(
+            fastsae, activation=activation, precision=precision, norm=norm, clip=clip, path=path
+        )
+        for activation, precision, norm, clip, path in choices
+    }
+
+
+TRAINERS: dict[str, Make] = _ours() | {
+    "SAELens standard": partial(saelens, activation="relu", autocast=False, compiled=False),
+    "SAELens standard, autocast": partial(saelens, activation="relu", autocast=True, compiled=False),
+    "SAELens standard, autocast, compiled": partial(saelens, activation="relu", autocast=True, compiled=True),
+    "SAELens topk": partial(saelens, activation="topk", autocast=False, compiled=False),
+    "SAELens topk, autocast": partial(saelens, activation="topk", autocast=True, compiled=False),
+    "SAELens topk, autocast, compiled": partial(saelens, activation="topk", autocast=True, compiled=True),
+    "dictionary_learning standard": partial(dictionary_learning, activation="relu"),
+    "dictionary_learning topk": partial(dictionary_learning, activation="topk"),
+    "sparsify topk": sparsify,
+    "torch relu": partial(dense_torch, activation="relu", compiled=False),
+    "torch relu, compiled": partial(dense_torch, activation="relu", compiled=True),
+    "torch topk": partial(dense_torch, activation="topk", compiled=False),
+    "torch topk, compiled": partial(dense_torch, activation="topk", compiled=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trainer", choices=list(TRAINERS), required=True)
+    parser.add_argument("--shape", required=True, help="batch,d_in,d_sae,k")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    answers, sys.stdout = sys.stdout, sys.stderr  # the packages print
+    without_broken_torchvision()
+    batch, d, n, k = (int(size) for size in arguments.shape.split(","))
+    problem = make(batch, d, n, k, device)
+    step = TRAINERS[arguments.trainer](problem)
+    for i, _ in enumerate(sys.stdin):
+        x = problem.xs[i % N_BATCHES]
+        start = time.perf_counter()
+        loss = step(x).detach()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "loss": float(loss)}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a step reports: scalars on the device, added up there, and the one place where the host reads them."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastsae.sae import SAE
+
+
+class StepOutput(NamedTuple):
+    """Device scalars of one step, in scaled units: the loss, its terms before weighting, and l0."""
+
+    loss: Float[Tensor, ""]
+    mse: Float[Tensor, ""]
+    l1: Float[Tensor, ""]
+    auxk: Float[Tensor, ""]
+    l0: Float[Tensor, ""]
+
+
+class Counters:
+    """Sums over steps, on the device, and the one place where the host reads them."""
+
+    NAMES = ("loss", "mse", "l1", "auxk", "l0", "grad_norm")
+
+    def __init__(self, sae: SAE) -> None:
+        self.scale, device = sae.scale, sae.W_dec.device
+        d_out = sae.cfg.d_out or sae.cfg.d_in
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        self.state = {
+            # per name its sum over rows; then the number of rows, and the sum of x^2
+            "counters.sums": torch.zeros(len(self.NAMES) + 2, device=device, dtype=dtype),
+            "counters.x": torch.zeros(d_out, device=device, dtype=dtype),
+            "counters.first_bad_step": torch.full((), -1.0, device=device, dtype=dtype),
+        }
+
+    def add(self, out: StepOutput, target: Tensor, grad_norm: Tensor, step: int) -> None:
+        """Means become sums over rows, so that short batches count for what they are."""
+        n = len(target)
+        sums, bad = self.state["counters.sums"], self.state["counters.first_bad_step"]
+        means = torch.stack([*out, grad_norm, torch.ones_like(grad_norm)])
+        sums[:-1].add_(means.to(sums.dtype), alpha=n)
+        target = target.to(sums.dtype)
+        sums[-1].add_(target.square().sum())
+        self.state["counters.x"].add_(target.sum(0))
+        bad.masked_fill_((bad < 0) & ~out.loss.isfinite(), step)
+
+    def read(self, extra: dict[str, Tensor]) -> dict[str, float]:
+        """Means since the last read, and the values of `extra`, in one wait."""
+        sums, x = self.state["counters.sums"], self.state["counters.x"]
+        rows = sums[-2].clamp(min=1)
+        variance = sums[-1] - x.square().sum() / rows
+        mse = sums[1]
+        figures = {
+            **dict(zip(self.NAMES, sums[:-2] / rows, strict=True)),
+            "mse": mse / rows / self.scale**2,
+            "fvu": torch.where(variance > 1e-9 * sums[-1], mse / variance, float("nan")),  # nothing varies
+            **extra,
+            "first_bad_step": self.state["counters.first_bad_step"],
+        }
+        values = torch.stack([v.to(sums.dtype) for v in figures.values()]).tolist()
+        sums.zero_()
+        x.zero_()
+        return dict(zip(figures, values, strict=True))

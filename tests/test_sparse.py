@@ -1,0 +1,233 @@
+"""The sparse path against the dense one and against fp64 autograd with torch.optim.Adam; and when a step takes which."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastsae import losses
+from fastsae.config import SAEConfig, StepConfig
+from fastsae.optim import lr_factor
+from fastsae.sae import SAE
+from fastsae.step import PARAMS, TrainStep
+
+BATCH, D_IN, D_SAE = 37, 24, 61
+TERMS = {"relu": {"l1_coefficient": 0.5}, "topk": {"auxk_coefficient": 0.3, "k_aux": 5}}
+
+
+def make(activation, norm="unit", *, d_out=None, apply_b_dec=True, dtype=torch.float32):
+    gen = torch.Generator().manual_seed(3)
+    k = 7 if activation == "topk" else None
+    cfg = SAEConfig(
+        D_IN,
+        D_SAE,
+        d_out=d_out,
+        activation=activation,
+        k=k,
+        decoder_norm=norm,
+        apply_b_dec_to_input=apply_b_dec,
+    )
+    sae = SAE(cfg, dtype=torch.float64)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
+        sae.b_enc.sub_(1.0)
+        sae.b_enc[::4].sub_(3.0)  # at times positive, but seldom among the largest: they are dead soon
+        if norm == "unit":
+            sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+        sae.scale.fill_(1.5)
+    return sae.to(dtype)
+
+
+def batches(n, seed=0, dtype=torch.float32, width=D_IN):
+    gen = torch.Generator().manual_seed(seed)
+    return [torch.randn(BATCH, width, generator=gen, dtype=torch.float64).to(dtype) for _ in range(n)]
+
+
+def weights(sae):
+    return {p: getattr(sae, p).detach() for p in PARAMS}
+
+
+def assert_same_weights(a, b, **tolerance):
+    for name, w in weights(a).items():
+        torch.testing.assert_close(w, weights(b)[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize(
+    "activation, norm, d_out, apply_b_dec",
+    [
+        (activation, norm, *width)
+        for activation, norm, width in itertools.product(
+            ("relu", "topk"), ("unit", "free"), ((None, True), (None, False), (13, False))
+        )
+    ],
+)
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_both_paths_are_one_step_in_fp64(activation, norm, d_out, apply_b_dec, clip):
+    """Weights, moments, figures and who fired, over 12 steps with schedules, some of them with dead latents."""
+    done = {}
+    for path in ("dense", "sparse"):
+        sae = make(activation, norm, d_out=d_out, apply_b_dec=apply_b_dec, dtype=torch.float64)
+        cfg = StepConfig(
+            precision="fp64",
+            path=path,
+            lr=0.01,
+            grad_clip=clip,
+            lr_warmup_steps=3,
+            dead_after=BATCH,
+            **TERMS[activation],
+        )
+        step = TrainStep(sae, cfg, 12)
+        targets = batches(12, 1, torch.float64, d_out) if d_out else [None] * 12
+        for x, target in zip(batches(12, 0, torch.float64), targets, strict=True):
+            step(x, target)
+        done[path] = sae, step, step.read()
+        assert activation == "relu" or done[path][2]["auxk"] > 0
+    (dense, dense_step, dense_figures), (sparse, sparse_step, figures) = done.values()
+    assert_same_weights(sparse, dense, rtol=1e-9, atol=1e-12)
+    assert torch.equal(sparse_step.tokens_since_fired, dense_step.tokens_since_fired)
+    for name, value in dense_figures.items():
+        assert figures[name] == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("precision, allowed", [("fp64", 1e-6), ("bf16", None)])
+def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed):
+    """Loss curves: equal in fp64; in bf16 no further away than the dense path's."""
+    xs = batches(200)
+    curves = {}
+    for path in ("dense", "sparse"):
+        sae = make(activation, dtype=torch.float64 if precision == "fp64" else torch.float32)
+        step = TrainStep(sae, StepConfig(precision=precision, path=path, lr=3e-3, **TERMS[activation]), 200)
+        curves[path] = torch.stack([step(x).loss for x in xs]).double()
+    truth = reference_curve(activation, [x.double() for x in xs])
+    off = {path: ((curve - truth).abs() / truth).max().item() for path, curve in curves.items()}
+    assert off["sparse"] <= (allowed or 2 * off["dense"]), off
+
+
+def reference_curve(activation, xs):
+    sae = make(activation, dtype=torch.float64)
+    params = {p: getattr(sae, p).detach().clone().requires_grad_() for p in PARAMS}
+    adam, found = torch.optim.Adam(params.values(), lr=3e-3), []
+    for i, raw in enumerate(xs):
+        x = raw * sae.scale
+        l1 = TERMS[activation].get("l1_coefficient", 0.0) * min(i / (0.05 * len(xs)), 1)
+        loss = losses.total(sae.cfg, params, x, x, l1_coefficient=l1)
+        adam.zero_grad()
+        loss.backward()
+        found.append(loss.detach())
+        with torch.no_grad():
+            W = params["W_dec"]
+            W.grad -= (W.grad * W).sum(-1, keepdim=True) * W
+            torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+            adam.param_groups[0]["lr"] = 3e-3 * lr_factor(i, 10, 0.2, len(xs))
+            adam.step()
+            W.div_(W.norm(dim=-1, keepdim=True))
+    return torch.stack(found)
+
+
+def test_the_paths_may_change_within_a_run():
+    xs, ends = batches(20), []
+    for order in (["dense"] * 20, ["sparse"] * 7 + ["dense"] * 6 + ["sparse"] * 7):
+        sae = make("relu")
+        steps = {p: TrainStep(sae, StepConfig(path=p, lr=1e-3, l1_coefficient=0.5), 20) for p in set(order)}
+        last = None
+        for x, path in zip(xs, order, strict=True):
+            if last is not None and path != last:
+                steps[path].load_state_dict({k: v.clone() for k, v in steps[last].state_dict().items()})
+            steps[path](x)
+            last = path
+        ends.append(sae)
+    assert_same_weights(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_products_read_the_weights_as_they_are():
+    """The row pass renews the copies; so does whoever writes to the parameters from outside."""
+    sae = make("topk")
+    step = TrainStep(sae, StepConfig(precision="bf16", path="sparse", lr=1e-2))
+    for x in batches(3):
+        step(x)
+    shadows = step._shadows
+    assert torch.equal(shadows.of("W_dec"), sae.W_dec.bfloat16())
+    assert torch.equal(shadows.of("W_enc"), sae.W_enc.detach().T.bfloat16())
+    with torch.no_grad():
+        sae.W_enc.mul_(2)
+    sae.load_state_dict({**sae.state_dict(), "W_dec": -sae.W_dec.detach()})
+    assert torch.equal(shadows.of("W_dec"), sae.W_dec.bfloat16())
+    assert torch.equal(shadows.of("W_enc"), sae.W_enc.detach().T.bfloat16())
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("activation, norm", itertools.product(("relu", "topk"), ("unit", "free")))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_loss_that_is_not_finite_moves_nothing(path, activation, norm, bad):
+    sae = make(activation, norm)
+    step = TrainStep(sae, StepConfig(path=path, lr=1e-2, **TERMS[activation]))
+    xs = batches(3)
+    step(xs[0])
+    before = {k: v.clone() for k, v in weights(sae).items()}
+    moments = {k: [t.clone() for t in pair] for k, pair in step.moments.items()}
+    xs[1][3, 5] = bad
+    step(xs[1])
+    for name, w in weights(sae).items():
+        assert torch.equal(w, before[name]), name
+        assert all(torch.equal(a, b) for a, b in zip(step.moments[name], moments[name], strict=True)), name
+    step(xs[2])
+    assert step.read()["first_bad_step"] == 1
+    assert all(w.isfinite().all() and not torch.equal(w, before[name]) for name, w in weights(sae).items())
+
+
+def sparse_data(n, seed=0):
+    """Few features at a time, so that a ReLU SAE with much L1 gets sparse."""
+    gen = torch.Generator().manual_seed(seed)
+    truth = torch.randn(D_SAE, D_IN, generator=gen)
+    for _ in range(n):
+        codes = torch.rand(BATCH, D_SAE, generator=gen) * (torch.rand(BATCH, D_SAE, generator=gen) < 0.03)
+        yield codes @ truth
+
+
+CROSSING = StepConfig(lr=1e-2, l1_coefficient=3.0, l1_warmup_fraction=0.0, crossover=0.12)
+
+
+def crossing_run(n_steps=400, resume_at=None):
+    sae = make("relu")
+    step, path, seen = TrainStep(sae, CROSSING, n_steps), [], []
+    for i, x in enumerate(sparse_data(n_steps)):
+        if i == resume_at:
+            state = {k: v.clone() for k, v in step.state_dict().items()}
+            other = make("relu")
+            other.load_state_dict(sae.state_dict())
+            sae, step = other, TrainStep(other, CROSSING, n_steps)
+            step.load_state_dict(state)
+        seen.append(step(x).l0.item())
+        path.append(bool(step.state_dict()["path.sparse"]))
+    return sae, path, seen
+
+
+def test_auto_crosses_over_at_a_fixed_step_and_resumes_to_the_bit():
+    sae, path, l0 = crossing_run()
+    changes = [i for i in range(1, len(path)) if path[i] != path[i - 1]]
+    assert not path[0] and path[-1] and all(i % 50 == 0 for i in changes)
+    at = changes[0]
+    assert sum(l0[at - 55 : at - 50]) / 5 < 1.2 * 0.12 * D_SAE, "by l0 as it was 50 steps before"
+    assert_same_weights(sae, crossing_run()[0], rtol=0, atol=0)
+    for resume_at in (at - 30, at, at + 30):
+        assert_same_weights(sae, crossing_run(resume_at=resume_at)[0], rtol=0, atol=0)
+
+
+def test_auto_goes_by_k_for_topk():
+    sae = make("topk")
+    for crossover, expected in ((7 / D_SAE, True), (6.9 / D_SAE, False)):
+        step = TrainStep(sae, StepConfig(lr=1e-3, crossover=crossover))
+        assert step._path.is_sparse(0) == expected
+
+
+def test_hysteresis():
+    step = TrainStep(make("relu"), StepConfig(lr=1e-3, crossover=0.1))
+    choice, l0 = step._path, step._path.state_dict()["path.l0"]
+    taken = []
+    for i, share in enumerate([0.5, 0.09, 0.11, 0.12, 0.13, 0.11, 0.09]):
+        l0.fill_(share * D_SAE)
+        taken.append(choice.is_sparse(50 * i))
+        assert choice.is_sparse(50 * i + 1) == taken[-1], "between decisions nothing changes"
+    assert taken == [False, False, True, True, True, False, False]

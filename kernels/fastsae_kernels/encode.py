@@ -258,30 +258,44 @@ def _dot_precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _encode_torch(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool, out_dtype: torch.dtype
+def operands(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """W_enc and b_enc as the plain torch form multiplies them: fp32 where the CPU has no units for W_enc's dtype."""
+    dtype = W_enc.dtype if has_fast_products(W_enc) else torch.float32
+    return W_enc.to(dtype), b_enc.to(dtype)
+
+
+def encode_torch(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    relu: bool,
+    out_dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row chunks, so that the maxima are taken from the cache; half precision in fp32 where the CPU has none."""
-    (batch, _), d_sae = x.shape, W_enc.shape[1]
-    product_dtype = x.dtype if has_fast_products(x) else torch.float32
-    W, b = W_enc.to(product_dtype), b_enc.to(product_dtype)
-    pre_acts = x.new_empty(batch, d_sae, dtype=out_dtype)
-    group_max = x.new_empty(batch, cdiv(d_sae, GROUP), dtype=out_dtype)
-    block = (
-        None
-        if product_dtype == out_dtype
-        else x.new_empty(min(batch, CHUNK_ROWS), d_sae, dtype=product_dtype)
-    )
+    """pre_acts and group maxima, into `out` where that is given; W and b are `operands`.
+
+    Row chunks, so that the maxima are taken from the cache.
+    """
+    (batch, _), d_sae = x.shape, W.shape[1]
+    if out is None:
+        out = (
+            x.new_empty(batch, d_sae, dtype=out_dtype),
+            x.new_empty(batch, cdiv(d_sae, GROUP), dtype=out_dtype),
+        )
+    pre_acts, group_max = out
+    block = None if W.dtype == out_dtype else x.new_empty(min(batch, CHUNK_ROWS), d_sae, dtype=W.dtype)
     for start in range(0, batch, CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, batch))
         target = pre_acts[rows]
-        out = target if block is None else block[: len(target)]
-        torch.addmm(b, x[rows].to(product_dtype), W, out=out)
+        product = target if block is None else block[: len(target)]
+        torch.addmm(b, x[rows].to(W.dtype), W, out=product)
         if relu:
-            out.relu_()
-        group_max[rows] = group_max_ref(out)  # rounding is monotone: the maximum may be rounded afterwards
+            product.relu_()
+        group_max[rows] = group_max_ref(
+            product
+        )  # rounding is monotone: the maximum may be rounded afterwards
         if block is not None:
-            target.copy_(out)
+            target.copy_(product)
     return pre_acts, group_max
 
 
@@ -300,7 +314,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     if backend(x) == "triton":
         return _encode_triton(x, W_enc, b_enc, relu, out_dtype, variant)
-    return _encode_torch(x, W_enc, b_enc, relu, out_dtype)
+    return encode_torch(x, *operands(W_enc, b_enc), relu, out_dtype)
 
 
 @_encode.register_fake

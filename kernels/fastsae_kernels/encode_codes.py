@@ -7,21 +7,26 @@ each through the transposed codes or a gather, none through a [batch, d_sae] ten
 about 1% of active latents: a ReLU SAE at its start is better trained on the dense path.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastsae_kernels._emit import Outputs, fake_codes, has_tail
-from fastsae_kernels._launch import check
+from fastsae_kernels._launch import backend, cdiv, check
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes, tail_starts
 from fastsae_kernels.decode import decode
-from fastsae_kernels.encode import check_W_enc, encode
+from fastsae_kernels.encode import GROUP, check_W_enc, encode, encode_torch, operands
 from fastsae_kernels.select_threshold import select_threshold
 from fastsae_kernels.select_topk import select_topk
 from fastsae_kernels.transpose import transpose
 from fastsae_kernels.update import grad_rows
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**30}  # of pre_acts: a CPU's last cache, a share of a GPU's memory
+CHUNK_BYTES = {
+    "cpu": 2**24,
+    "cuda": 2**30,
+}  # of pre_acts: a share of a CPU's last cache, or of a GPU's memory
 LEAST_ROWS = 256  # fewer make the product slow
 
 
@@ -57,6 +62,20 @@ def _joined(parts: list[Codes], width: int | None) -> Outputs:
     return indices, values, counts, starts
 
 
+def _encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """pre_acts and group maxima, `step` rows at a time; on a CPU all in the same memory, which is not touched for the first time twice."""
+    if backend(W_enc) == "triton":
+        for rows in x.split(step):
+            yield encode(rows, W_enc, b_enc)
+        return
+    W, b = operands(W_enc, b_enc)
+    n, step = W.shape[1], min(step, max(len(x), 1))
+    memory = W_enc.new_empty(step, n), W_enc.new_empty(step, cdiv(n, GROUP))
+    for rows in x.split(step):
+        out = memory[0][: len(rows)], memory[1][: len(rows)]
+        yield encode_torch(rows.to(W_enc.dtype), W, b, False, W_enc.dtype, out)
+
+
 @op("encode_codes")
 def _encode_codes(
     x: Tensor,
@@ -70,8 +89,7 @@ def _encode_codes(
     row_bytes = W_enc.shape[1] * W_enc.element_size()
     step = max(CHUNK_BYTES.get(x.device.type, 2**28) // row_bytes, LEAST_ROWS)
     parts = []
-    for rows in x.split(step):
-        pre_acts, group_max = encode(rows, W_enc, b_enc, b_dec)
+    for pre_acts, group_max in _encoded(x if b_dec is None else x - b_dec, W_enc, b_enc, step):
         if k is not None:
             parts.append(select_topk(pre_acts, k, group_max))
         else:

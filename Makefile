@@ -42,6 +42,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(PEERS)/.ready: benches/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt
+	@# nnsight brings a torchvision for CUDA, which does not load beside torch's CPU build and takes transformers with it
+	$(PEERS)/bin/python -c 'import torchvision' 2>/dev/null || $(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:

@@ -1,13 +1,18 @@
-"""Which latents are active, in plain torch: a function per activation, and a table of them."""
+"""Which latents are active, in plain torch: a function per activation, and a table of them. As in training: an SAE that is used
+goes by a threshold where the activation looks at a whole batch (`SAE.encode`).
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.config import SAEConfig
+
+if TYPE_CHECKING:
+    import fastsae_kernels
 
 
 class Codes(NamedTuple):
@@ -29,12 +34,28 @@ def topk(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Float[Tenso
     return pre_acts.relu() * largest(pre_acts, cfg.k)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor, SAEConfig], Tensor]] = {"relu": relu, "topk": topk}
+def batchtopk(pre_acts: Float[Tensor, "batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "batch d_sae"]:
+    """The batch * cfg.k largest latents of the batch are active where positive; ties go to the smallest (row, latent)."""
+    assert cfg.k is not None
+    return pre_acts.relu() * largest_of_batch(pre_acts, cfg.k)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, SAEConfig], Tensor]] = {
+    "relu": relu,
+    "topk": topk,
+    "batchtopk": batchtopk,
+}
 
 
 def activate(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "*batch d_sae"]:
     """acts: the pre-activation where the latent is active, else 0. Differentiable."""
     return ACTIVATIONS[cfg.activation](pre_acts, cfg)
+
+
+def smallest_active(acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+    """The smallest positive latent of the batch; 0 where none is."""
+    level = torch.where(acts > 0, acts, torch.inf).amin()
+    return torch.where(level.isinf(), 0, level)
 
 
 def where_active(
@@ -57,15 +78,27 @@ def largest(values: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch 
 
         n = values.shape[-1]
         codes = select_topk(values.detach().reshape(-1, n).contiguous(), k)
-        # added up, since the free slots all name latent 0
-        taken = (codes.values != 0).to(values.dtype)
-        mask = taken.new_zeros(len(taken), n).scatter_add_(1, codes.indices.long(), taken)
-        return mask.view(values.shape)
+        return _mask(codes, n).view(values.shape)
     kth = values.topk(k, dim=-1).values[..., -1:]
     above, ties = values > kth, values == kth
     wanted = k - above.sum(-1, keepdim=True)
     chosen = (values > 0) & (above | (ties & (ties.cumsum(-1) <= wanted)))
     return chosen.to(values.dtype)
+
+
+def largest_of_batch(values: Float[Tensor, "batch n"], k: int) -> Float[Tensor, "batch n"]:
+    """1 at the batch * k largest positive values, or at all where there are fewer, else 0; ties go to the smallest (row, column)."""
+    if has_sparse_ops(values) and len(values):
+        from fastsae_kernels import select_batchtopk  # loads triton: not at the top
+
+        return _mask(select_batchtopk(values.detach().contiguous(), k)[0], values.shape[1])
+    return largest(values.reshape(1, -1), k * len(values)).view(values.shape)
+
+
+def _mask(codes: "fastsae_kernels.Codes", n: int) -> Float[Tensor, "batch n"]:
+    """1 where there is a code that is not 0; added up, since the free slots all name latent 0."""
+    taken = (codes.values != 0).to(codes.values.dtype)
+    return taken.new_zeros(len(taken), n).scatter_add_(1, codes.indices.long(), taken)
 
 
 def to_codes(acts: Float[Tensor, "*batch d_sae"], width: int | None = None) -> Codes:

@@ -22,11 +22,12 @@ from pydantic import (
 from fastsae.errors import ConfigError
 from fastsae.explain import explain
 
-Activation = Literal["relu", "topk"]
+Activation = Literal["relu", "topk", "batchtopk"]
 DecoderNorm = Literal["unit", "free"]
 Precision = Literal["fp64", "fp32", "tf32", "bf16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+TOPK = ("topk", "batchtopk")  # activations that have a k
 DEFAULT_K = 32
 DEFAULT_L1 = 5.0  # at a loss summed over d_in and inputs of norm sqrt(d_in); Anthropic, April 2024 update
 DEFAULT_AUXK = 1 / 32  # Gao et al. 2024, section 2.4 and appendix A.2
@@ -141,7 +142,7 @@ class SAESection(Section):
     activation: Activation = "relu"
     """Which latents are active."""
     k: PositiveInt | None = None
-    """Active latents per token, topk only; 32 unless given."""
+    """Active latents per token, topk and batchtopk (there on average over a batch); 32 unless given."""
     decoder_norm: DecoderNorm = "unit"
     """Rows of W_dec held at norm 1, or free with the norm in the L1 term."""
     apply_b_dec_to_input: bool = True
@@ -160,7 +161,7 @@ class StepConfig(Section):
     crossover: Share = 1 / 64
     """Share of active latents up to which "auto" takes the sparse path."""
     lr: Literal["auto"] | PositiveFloat = "auto"
-    """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 2e-4 / sqrt(d_sae / 2^14) for topk."""
+    """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, else 2e-4 / sqrt(d_sae / 2^14)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of Adam's first and second moment."""
     eps: PositiveFloat = 1e-8
@@ -176,9 +177,9 @@ class StepConfig(Section):
     l1_warmup_fraction: Share = 0.05
     """First share of the run over which the L1 weight rises linearly from 0."""
     auxk_coefficient: NonNegativeFloat | None = None
-    """Weight of the auxiliary loss on dead latents, topk only; 1/32 unless given."""
+    """Weight of the auxiliary loss on dead latents, not for relu; 1/32 unless given."""
     k_aux: PositiveInt | None = None
-    """Dead latents that may explain a residual, topk only; d_in / 2 unless given."""
+    """Dead latents that may explain a residual, not for relu; d_in / 2 unless given."""
     dead_after: PositiveInt = 10_000_000
     """Activations without firing after which a latent counts as dead."""
 
@@ -236,7 +237,7 @@ class SAEConfig(Section):
     activation: Activation = "relu"
     """Which latents are active."""
     k: PositiveInt | None = None
-    """Active latents per input, topk only; 32 unless given, or d_sae where that is smaller."""
+    """Active latents per input, topk and batchtopk (there on average over a batch); 32 unless given, or d_sae where that is smaller."""
     decoder_norm: DecoderNorm = "unit"
     """Rows of W_dec held at norm 1, or free with the norm in the L1 term."""
     apply_b_dec_to_input: bool = True
@@ -248,15 +249,17 @@ class SAEConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_k(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("activation") == "topk" and data.get("k") is None:
+        if isinstance(data, Mapping) and data.get("activation") in TOPK and data.get("k") is None:
             d_sae = data.get("d_sae")
             return {**data, "k": min(DEFAULT_K, d_sae) if isinstance(d_sae, int) and d_sae > 0 else DEFAULT_K}
         return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.activation != "topk" and self.k is not None:
-            raise ValueError(f"k = {self.k} belongs to topk, not to {self.activation}; drop k or say topk")
+        if self.activation not in TOPK and self.k is not None:
+            raise ValueError(
+                f"k = {self.k} belongs to topk and batchtopk, not to {self.activation}; drop k or say topk"
+            )
         if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} is more than d_sae = {self.d_sae}")
         if self.d_out not in (None, self.d_in) and self.apply_b_dec_to_input:
@@ -309,7 +312,7 @@ class RunConfig(Section):
             return [("", self.sae, self.step)]
         result = []
         for entry in self.saes:
-            leaves_topk = "activation" in entry.model_fields_set and entry.activation != "topk"
+            leaves_topk = "activation" in entry.model_fields_set and entry.activation not in TOPK
             base = self.sae.model_copy(update={"k": None}) if leaves_topk else self.sae
             own = {f: getattr(entry, f) for f in SAESection.model_fields if f in entry.model_fields_set}
             own_step = {
@@ -332,7 +335,7 @@ def resolved_step(step: StepConfig, sae: SAEConfig, n_steps: int | None) -> Step
 
     Raises ConfigError for a field that belongs to another activation.
     """
-    topk = sae.activation == "topk"
+    topk = sae.activation in TOPK
     for field in ("auxk_coefficient", "k_aux") if not topk else ("l1_coefficient",):
         if getattr(step, field) is not None:
             raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.activations import activate, where_active
+from fastsae.activations import activate, smallest_active, where_active
 from fastsae.counters import StepOutput
 from fastsae.losses import aux_acts, aux_weight
 from fastsae.sae import SAE
@@ -25,6 +25,8 @@ class Gradients(NamedTuple):
     b_dec: Float[Tensor, " d_out"]
     out: StepOutput
     fired: Bool[Tensor, " d_sae"]
+    level: Float[Tensor, ""] | None
+    """batchtopk: the smallest selected pre-activation."""
 
 
 def gradients(
@@ -80,4 +82,6 @@ def gradients(
         g_b_dec = g_b_dec - sae.W_enc @ g_b_enc
     loss = mse + l1_coefficient * l1 + auxk_coefficient * auxk
     out = StepOutput(loss, mse, l1, auxk, acts.count_nonzero().to(acc) / batch)
-    return Gradients((g_pre.T @ centred).to(acc), g_b_enc, g_W_dec, g_b_dec, out, acts.amax(0) > 0)
+    level = smallest_active(acts) if cfg.activation == "batchtopk" else None
+    g_W_encT = (g_pre.T @ centred).to(acc)
+    return Gradients(g_W_encT, g_b_enc, g_W_dec, g_b_dec, out, acts.amax(0) > 0, level)

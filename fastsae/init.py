@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastsae.activations import activate, smallest_active
 from fastsae.sae import SAE
 
 MEDIAN_ROWS = 65_536  # rows that the geometric median looks at; its error falls with their square root
@@ -36,7 +37,7 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
     """Set scale, b_dec and the size of W_enc from raw activations; `chunks` is iterated more than once.
 
     scale: mean ||x|| = sqrt(d_in). b_dec: the geometric median. W_enc: so that the first x_hat - b_dec
-    has the mean norm of x - b_dec; W_enc stays where b_dec is not subtracted from the input. Only for SAEs whose
+    has the mean norm of x - b_dec; batchtopk's threshold: as it is on these. W_enc stays where b_dec is not subtracted from the input. Only for SAEs whose
     output is their input. Waits for the device.
     """
     norm = mean_norm(chunks())
@@ -51,7 +52,13 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
     rows = torch.cat(sample)
     sae.b_dec.copy_(geometric_median(rows))
     rows = rows[:4096]
+    if sae.threshold is not None:
+        pre_acts = sae.pre_acts(rows / sae.scale) * sae.scale
+        active = activate(pre_acts, sae.cfg)
+        sae.threshold.copy_(smallest_active(active))
     centred = (rows - sae.b_dec).norm(dim=-1).mean()
     decoded = (sae(rows / sae.scale) * sae.scale - sae.b_dec).norm(dim=-1).mean()
     if sae.cfg.apply_b_dec_to_input and decoded > 0 and centred.isfinite():
         sae.W_enc.mul_(centred / decoded)
+        if sae.threshold is not None:
+            sae.threshold.mul_(centred / decoded)

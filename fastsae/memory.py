@@ -30,7 +30,7 @@ def predict(
     sizes = [n_parameters(shape) for shape in shapes.values()]
     element = 2 if config.step.precision == "bf16" else 4
     step = max(
-        batch * shape.d_sae * (3 * element + 2 + (8 + element if shape.activation == "topk" else 0))
+        batch * shape.d_sae * (3 * element + 2 + (8 + element if shape.k is not None else 0))
         + 4 * batch * max(shape.d_in, shape.d_out or 0) * 4
         for shape in shapes.values()
     )

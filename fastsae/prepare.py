@@ -121,7 +121,9 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
     if source is not None:
         tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
         for key, sae in saes.items():
-            sae.metadata = _metadata(config, source, hook_of[key], steps[key], given=model is not None)
+            sae.metadata = _metadata(
+                config, source, hook_of[key], sae.cfg, steps[key], given=model is not None
+            )
     return Job(
         config,
         device,
@@ -239,10 +241,9 @@ def _resolved(
 
 
 def _metadata(
-    config: RunConfig, source: Source, hook: str, step: StepConfig, *, given: bool
+    config: RunConfig, source: Source, hook: str, sae: SAEConfig, step: StepConfig, *, given: bool
 ) -> dict[str, Any]:
     """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
-    topk = step.l1_coefficient is None
     tokenizer = source.tokenizer
     separator = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
     return {
@@ -260,8 +261,10 @@ def _metadata(
         "exclude_special_tokens": config.data.exclude != "none",
         "sequence_separator_token": "bos" if separator else None,
         "disable_concat_sequences": False,
-        "training_architecture": "topk" if topk else "standard",
-        "training_architecture_details": {} if topk else {"l1_coefficient": step.l1_coefficient},
+        "training_architecture": "standard" if sae.activation == "relu" else sae.activation,
+        "training_architecture_details": (
+            {"l1_coefficient": step.l1_coefficient} if sae.activation == "relu" else {}
+        ),
         "n_tokens": config.n_tokens,
         "seed": config.seed,
     }

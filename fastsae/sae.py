@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # Of d_sae: up to here `forward` goes through codes. On 2 cores they take two thirds of the dense form's time at 1/16, half with the
 # backward pass (benches.codes_or_dense). On a GPU the cost model says 1/80; not measured.
 SPARSE_SHARE = {"cpu": 1 / 16, "cuda": 1 / 80}
-SPARSE_ACTIVATIONS = ("relu", "topk")  # that fastsae_kernels.encode_codes has
 FREE_NORM = 0.1  # norm of decoder rows at the start where it is free; SAELens' decoder_init_norm
 SAELENS_VERSION = "6.54.12"  # the release whose folder layout `save` writes
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -38,7 +37,8 @@ CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
 class SAE(nn.Module):
     """Sparse autoencoder. Parameters: W_enc [d_in, d_sae] (a transposed view: latent-major in memory),
-    b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; buffer: scale [].
+    b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; buffers: scale [], and for batchtopk threshold [], in scaled units: the
+    running mean, over training, of the smallest pre-activation that was selected. `encode` goes by it, one input at a time.
 
     Args:
         cfg: its shape.
@@ -72,6 +72,9 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype))
         self.scale: Tensor
         self.register_buffer("scale", torch.ones((), device=device, dtype=dtype))
+        self.threshold: Tensor | None
+        level = torch.zeros((), device=device, dtype=dtype) if cfg.activation == "batchtopk" else None
+        self.register_buffer("threshold", level)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Pre-activations of raw activations, in raw units."""
@@ -83,15 +86,19 @@ class SAE(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of raw activations, in raw units; 0 where inactive. Raises ValueError for a wrong width."""
-        return activate(self.pre_acts(x), self.cfg)
+        pre_acts = self.pre_acts(x)
+        if self.threshold is None:
+            return activate(pre_acts, self.cfg)
+        return pre_acts.relu() * (pre_acts > self.threshold / self.scale)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        """Latents as Codes(indices, values, counts): k slots per row for topk, else as many as the fullest row, which waits for
+        """Latents as Codes(indices, values, counts): k slots per row for topk, else as many as the fullest row has, which waits for
         the device. Differentiable at the cost of the active latents alone: an inactive one passes no gradient.
         """
         self._check_width(x)
-        if not has_sparse_ops(x) or self.cfg.activation not in SPARSE_ACTIVATIONS:
-            return to_codes(self.encode(x), self.cfg.k)
+        k = self.cfg.k if self.cfg.activation == "topk" else None
+        if not has_sparse_ops(x):
+            return to_codes(self.encode(x), k)
         from fastsae_kernels import encode_codes  # loads triton: not at the top
 
         codes = encode_codes(
@@ -99,7 +106,8 @@ class SAE(nn.Module):
             _as_autocast(self.W_enc.T.contiguous().T),  # no copy: latent-major in memory
             self.b_enc / self.scale,
             self.b_dec / self.scale if self.cfg.apply_b_dec_to_input else None,
-            k=self.cfg.k if self.cfg.activation == "topk" else None,
+            k=k,
+            threshold=self._thresholds(),
             width=None,
         )
         lead, width = x.shape[:-1], codes.indices.shape[1]
@@ -138,11 +146,18 @@ class SAE(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """decode(encode(x)), through codes where k is small beside d_sae.
 
-        ReLU stays dense here: how many latents are active is known on the device alone, and at the start it is half of them.
+        The others stay dense here: how many latents are active is known on the device alone, and with ReLU it is half at the start.
         """
-        k = self.cfg.k
+        k = self.cfg.k if self.cfg.activation == "topk" else None
         sparse = k is not None and k <= SPARSE_SHARE.get(x.device.type, 0.0) * self.cfg.d_sae
         return self.decode(self.encode_sparse(x) if sparse else self.encode(x))
+
+    def _thresholds(self) -> Float[Tensor, " d_sae"] | None:
+        """In raw units, one per latent."""
+        if self.threshold is None:
+            return None
+        level = (self.threshold / self.scale).to(torch.promote_types(self.threshold.dtype, torch.float32))
+        return level.expand(self.cfg.d_sae).contiguous()
 
     def extra_repr(self) -> str:
         cfg = self.cfg
@@ -156,13 +171,16 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
-        """The parameters with the scale folded into the biases: contiguous, for raw inputs."""
+        """The parameters with the scale folded into biases and thresholds: contiguous, for raw inputs."""
         tensors = {
             "W_enc": self.W_enc,
             "b_enc": self.b_enc / self.scale,
             "W_dec": self.W_dec,
             "b_dec": self.b_dec / self.scale,
         }
+        thresholds = self._thresholds()
+        if thresholds is not None:
+            tensors["threshold"] = thresholds.to(self.b_enc.dtype)
         return {name: t.detach().contiguous() for name, t in tensors.items()}
 
     @torch.no_grad()
@@ -172,6 +190,8 @@ class SAE(nn.Module):
         self.W_dec.copy_(tensors["W_dec"])
         self.b_enc.copy_(tensors["b_enc"] * self.scale.cpu())
         self.b_dec.copy_(tensors["b_dec"] * self.scale.cpu())
+        if self.threshold is not None:
+            self.threshold.copy_(tensors["threshold"][0] * self.scale.cpu())
 
     def save(self, folder: Path | str) -> None:
         """Write SAELens' layout: cfg.json and sae_weights.safetensors, each aside first, then renamed.
@@ -208,7 +228,7 @@ class SAE(nn.Module):
             raise RunError(f"{folder / CONFIG_FILE}: {error}") from None
         dtype = tensors["W_dec"].dtype if "W_dec" in tensors else torch.float32
         sae = cls(shape, device=device, dtype=dtype)
-        wanted = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+        wanted = {name: tuple(t.shape) for name, t in sae.folded().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if wanted != found:
             raise RunError(f"{folder / WEIGHTS_FILE} has {found}, but its {CONFIG_FILE} wants {wanted}")
@@ -220,9 +240,9 @@ class SAE(nn.Module):
 
     def _saelens_config(self) -> dict[str, Any]:
         cfg, transcoder = self.cfg, (self.cfg.d_out or self.cfg.d_in) != self.cfg.d_in
-        kind = {"relu": "standard", "topk": "topk"}[cfg.activation]
+        kind = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[cfg.activation]
         if transcoder:
-            kind = {"standard": "transcoder", "topk": "topk_transcoder"}[kind]
+            kind = "transcoder" if kind == "standard" else f"{kind}_transcoder"
         return {
             "architecture": kind,
             "d_in": cfg.d_in,

@@ -27,6 +27,8 @@ class Pass(NamedTuple):
     codes: ops.Codes
     out: ops.DecodeLoss
     t: ops.Transposed
+    level: Float[Tensor, ""] | None = None
+    """batchtopk: the smallest selected pre-activation."""
 
 
 class Rows(NamedTuple):
@@ -79,7 +81,13 @@ def forward(
     """Codes, loss and gradients at the codes, for inputs in scaled units. W_encT and W_dec are the products' operands."""
     cfg = sae.cfg
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(W_encT.dtype)
-    codes = ops.encode_codes(centred, W_encT.T, sae.b_enc, k=cfg.k, width=None)
+    level = None
+    if cfg.activation == "batchtopk":  # looks at the whole batch: pre_acts are not taken by chunks of rows
+        assert cfg.k is not None
+        pre_acts, group_max = ops.encode(centred, W_encT.T, sae.b_enc)
+        codes, level = ops.select_batchtopk(pre_acts, cfg.k, group_max)
+    else:
+        codes = ops.encode_codes(centred, W_encT.T, sae.b_enc, k=cfg.k, width=None)
     free = cfg.decoder_norm == "free"
     out = ops.decode_loss(
         codes,
@@ -89,7 +97,7 @@ def forward(
         l1=torch.full((), l1_coefficient, dtype=sae.b_enc.dtype, device=x.device) if l1_coefficient else None,
         norms=sae.W_dec.norm(dim=-1) if free else None,
     )
-    return Pass(centred, codes, out, ops.transpose(codes, cfg.d_sae))
+    return Pass(centred, codes, out, ops.transpose(codes, cfg.d_sae), level)
 
 
 def aux(

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from fastsae.sparse import Shadows
 
 PARAMS = ("W_enc", "b_enc", "W_dec", "b_dec")
+THRESHOLD_RATE = 0.01  # of batchtopk's running threshold per step, SAELens' topk_threshold_lr
 
 
 class Done(NamedTuple):
-    """What either path leaves: the step's figures, which latents fired, and the gradient's global norm before clipping."""
+    """What either path leaves: the step's figures, which latents fired, the gradient's global norm before clipping, and batchtopk's
+    smallest selected pre-activation.
+    """
 
     out: StepOutput
     fired: Bool[Tensor, " d_sae"]
     grad_norm: Float[Tensor, ""]
+    level: Float[Tensor, ""] | None
 
 
 class TrainStep:
@@ -79,9 +83,12 @@ class TrainStep:
         may_be_dead = bool(cfg.auxk_coefficient) and self.n_tokens >= self._none_dead_before
         form = self._sparse if self._path.is_sparse(self.n_done) else self._dense
         with _tf32(cfg.precision == "tf32", x.device):
-            out, fired, grad_norm = form(x, target, l1_now, self.dead_mask() if may_be_dead else None)
+            out, fired, grad_norm, level = form(x, target, l1_now, self.dead_mask() if may_be_dead else None)
         self.tokens_since_fired.add_(len(x)).masked_fill_(fired, 0)
         self._path.add(out.l0)
+        if sae.threshold is not None and level is not None:
+            now = torch.where((level > 0) & level.isfinite(), level.to(sae.threshold.dtype), sae.threshold)
+            sae.threshold.lerp_(now, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(now.dtype))
         self._counters.add(out, target, grad_norm, self.n_done)
         self.n_done += 1
         self.n_tokens += len(x)
@@ -99,7 +106,7 @@ class TrainStep:
             compute=self.compute,
         )
         grad_norm = self._update(dict(zip(PARAMS, grads[:4], strict=True)), grads.out.loss)
-        return Done(grads.out, grads.fired, grad_norm)
+        return Done(grads.out, grads.fired, grad_norm, grads.level)
 
     def _sparse(self, x: Tensor, target: Tensor, l1_now: float, dead_mask: Tensor | None) -> Done:
         from fastsae import sparse  # loads triton: not at the top
@@ -128,7 +135,7 @@ class TrainStep:
             loss = mse + l1_now * l1 + cfg.auxk_coefficient * auxk
             grad_norm = self._update(sparse.gradients(sae, [main, more], l1_now), loss)
         out = StepOutput(loss, mse, l1, auxk, main.codes.counts.sum().to(mse.dtype) / batch)
-        return Done(out, main.t.starts.diff() > 0, grad_norm)
+        return Done(out, main.t.starts.diff() > 0, grad_norm, main.level)
 
     def _scalars(self, l1: float) -> Float[Tensor, "6"]:
         """What update_rows reads on the device; no wait for it."""

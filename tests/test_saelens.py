@@ -36,6 +36,11 @@ CASES = {
     "relu, free norm": ({"decoder_norm": "free"}, "StandardSAE"),
     "relu, b_dec not subtracted": ({"apply_b_dec_to_input": False}, "StandardSAE"),
     "topk": ({"activation": "topk", "k": 6}, "TopKSAE"),
+    "batchtopk": ({"activation": "batchtopk", "k": 6}, "JumpReLUSAE"),
+    "batchtopk transcoder": (
+        {"activation": "batchtopk", "k": 6, "d_out": 20, "apply_b_dec_to_input": False},
+        "JumpReLUTranscoder",
+    ),
     "heads": ({}, "StandardSAE"),
     "transcoder": ({"d_out": 20, "apply_b_dec_to_input": False}, "Transcoder"),
 }
@@ -65,6 +70,8 @@ def opened(tmp_path_factory):
             for p in sae.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=gen))
             sae.scale.fill_(2.5)
+            if sae.threshold is not None:
+                sae.threshold.fill_(0.8)
         sae.save(root / case)
     x = torch.randn(50, 32, generator=gen)
     theirs = open_with_saelens([root / case for case in CASES], x, root)

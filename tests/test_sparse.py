@@ -12,12 +12,13 @@ from fastsae.sae import SAE
 from fastsae.step import PARAMS, TrainStep
 
 BATCH, D_IN, D_SAE = 37, 24, 61
-TERMS = {"relu": {"l1_coefficient": 0.5}, "topk": {"auxk_coefficient": 0.3, "k_aux": 5}}
+AUX = {"auxk_coefficient": 0.3, "k_aux": 5}
+TERMS = {"relu": {"l1_coefficient": 0.5}, "topk": AUX, "batchtopk": AUX}
 
 
 def make(activation, norm="unit", *, d_out=None, apply_b_dec=True, dtype=torch.float32):
     gen = torch.Generator().manual_seed(3)
-    k = 7 if activation == "topk" else None
+    k = None if activation == "relu" else 7
     cfg = SAEConfig(
         D_IN,
         D_SAE,
@@ -58,7 +59,7 @@ def assert_same_weights(a, b, **tolerance):
     [
         (activation, norm, *width)
         for activation, norm, width in itertools.product(
-            ("relu", "topk"), ("unit", "free"), ((None, True), (None, False), (13, False))
+            TERMS, ("unit", "free"), ((None, True), (None, False), (13, False))
         )
     ],
 )
@@ -86,11 +87,14 @@ def test_both_paths_are_one_step_in_fp64(activation, norm, d_out, apply_b_dec, c
     (dense, dense_step, dense_figures), (sparse, sparse_step, figures) = done.values()
     assert_same_weights(sparse, dense, rtol=1e-9, atol=1e-12)
     assert torch.equal(sparse_step.tokens_since_fired, dense_step.tokens_since_fired)
+    if activation == "batchtopk":
+        assert sparse.threshold > 0
+        torch.testing.assert_close(sparse.threshold, dense.threshold)
     for name, value in dense_figures.items():
         assert figures[name] == pytest.approx(value, rel=1e-9), name
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("activation", TERMS)
 @pytest.mark.parametrize("precision, allowed", [("fp64", 1e-6), ("bf16", None)])
 def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed):
     """Loss curves: equal in fp64; in bf16 no further away than the dense path's."""
@@ -158,7 +162,7 @@ def test_bf16_products_read_the_weights_as_they_are():
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
-@pytest.mark.parametrize("activation, norm", itertools.product(("relu", "topk"), ("unit", "free")))
+@pytest.mark.parametrize("activation, norm", itertools.product(TERMS, ("unit", "free")))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_a_loss_that_is_not_finite_moves_nothing(path, activation, norm, bad):
     sae = make(activation, norm)

@@ -28,7 +28,7 @@ def make(
         d_sae,
         d_out=d_out,
         activation=activation,
-        k=k if activation == "topk" else None,
+        k=None if activation == "relu" else k,
         decoder_norm=norm,
         apply_b_dec_to_input=apply_b_dec,
     )
@@ -60,10 +60,11 @@ TERMS = {
     "relu": {"l1_coefficient": 0.7},
     "topk": {"auxk_coefficient": 0.4, "k_aux": 5, "dead_mask": torch.arange(D_SAE) % 4 == 0},
 }
+TERMS["batchtopk"] = TERMS["topk"]
 CASES = [
     (activation, norm, d_out, apply_b_dec)
     for activation, norm, (d_out, apply_b_dec) in itertools.product(
-        ("relu", "topk"), ("unit", "free"), ((None, True), (None, False), (13, False))
+        TERMS, ("unit", "free"), ((None, True), (None, False), (13, False))
     )
 ]
 
@@ -88,8 +89,8 @@ class Selections:
 
     def __init__(self, monkeypatch):
         self.seen, self.at = [], None
-        for home in (activations, losses):
-            monkeypatch.setattr(home, "largest", self.wrap(home.largest))
+        for home, name in ((activations, "largest"), (losses, "largest"), (activations, "largest_of_batch")):
+            monkeypatch.setattr(home, name, self.wrap(getattr(home, name)))
 
     def wrap(self, select):
         def wrapped(values, *args):
@@ -119,7 +120,7 @@ def test_gradient_is_as_accurate_as_autograd(activation, norm, d_out, apply_b_de
     sae, x, target = make(activation, norm, d_out=d_out, apply_b_dec=apply_b_dec, dtype=torch.float32)
     terms, selections = TERMS[activation], Selections(monkeypatch)
     loss, grads = by_hand(sae, x, target, compute=compute, **terms)
-    assert len(selections.seen) == (2 if activation == "topk" else 0)
+    assert len(selections.seen) == (0 if activation == "relu" else 2)
     selections.replay()
     true_loss, truth = reference(sae, x, target, torch.float64, **terms)
     selections.replay()
@@ -139,7 +140,7 @@ def test_a_wrong_gradient_is_found():
     assert any((grads[n] - t).abs().max() > 1e-10 * t.abs().max() for n, t in truth.items())
 
 
-@pytest.mark.parametrize("activation, norm", itertools.product(("relu", "topk"), ("unit", "free")))
+@pytest.mark.parametrize("activation, norm", itertools.product(TERMS, ("unit", "free")))
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_steps_equal_torch_adam(path, activation, norm, clip):
@@ -302,11 +303,11 @@ def test_geometric_median_ignores_an_outlier():
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("activation", TERMS)
 def test_initialise_sets_scale_median_and_first_norm(activation):
     gen = torch.Generator().manual_seed(0)
     raw = 40 * (torch.randn(3000, D_IN, generator=gen) + 1)
-    sae = SAE(SAEConfig(D_IN, 128, activation=activation, k=16 if activation == "topk" else None))
+    sae = SAE(SAEConfig(D_IN, 128, activation=activation, k=None if activation == "relu" else 16))
     initialise(sae, lambda: raw.split(1000))
     scaled = raw * sae.scale
     assert scaled.norm(dim=1).mean().item() == pytest.approx(D_IN**0.5, rel=1e-4)

@@ -248,12 +248,12 @@ class InterruptTwice(Count):
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(config, monkeypatch):
     real, calls = fastsae.TrainStep._update, []
 
-    def update(self, grads):
+    def update(self, *args):
         calls.append(1)
         if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, grads)
+        return real(self, *args)
 
     monkeypatch.setattr(fastsae.TrainStep, "_update", update)
     with pytest.raises(KeyboardInterrupt):
@@ -402,10 +402,11 @@ def synthetic(n_batches, *, d_in=32, n_features=64, l0=3, seed=0):
     return truth, batches()
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
 def test_a_known_dictionary_is_recovered(activation, tmp_path):
-    truth, batches = synthetic(400)
-    extra = {"activation": "topk", "k": 4} if activation == "topk" else {}
+    truth, batches = synthetic(401)
+    fresh = next(batches)
+    extra = {} if activation == "relu" else {"activation": activation, "k": 4}
     step = {"batch_size": 512, "lr": 4e-3, **({"l1_coefficient": 1.5} if activation == "relu" else {})}
     run = load_config(
         None,
@@ -423,6 +424,9 @@ def test_a_known_dictionary_is_recovered(activation, tmp_path):
     cosines = truth @ (W_dec / W_dec.norm(dim=1, keepdim=True)).T
     found = (cosines.max(1).values > 0.9).float().mean().item()
     assert found > 0.9, found
+    if activation == "batchtopk":  # what is selected one input at a time is as many as in a batch
+        l0 = (fastsae.load(result.run_dir).encode(fresh) > 0).sum(1).double().mean().item()
+        assert 3 < l0 < 5, l0
 
 
 def test_a_non_finite_loss_stops_with_step_checkpoint_and_config(tmp_path):

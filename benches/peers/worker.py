@@ -6,7 +6,6 @@ standard input it takes one step and answers with its seconds and its loss. It n
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import os
@@ -204,14 +203,6 @@ def dense_torch(p: Problem, activation: str, compiled: bool) -> Step:
     return step
 
 
-def without_broken_torchvision() -> None:
-    """nnsight installs one for CUDA, which does not load beside torch's CPU build and would take transformers with it."""
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-
-
 Make = Callable[[Problem], Step]
 
 
@@ -253,7 +244,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     answers, sys.stdout = sys.stdout, sys.stderr  # the packages print
-    without_broken_torchvision()
     batch, d, n, k = (int(size) for size in arguments.shape.split(","))
     problem = make(batch, d, n, k, device)
     step = TRAINERS[arguments.trainer](problem)

@@ -28,6 +28,8 @@ Precision = Literal["fp64", "fp32", "tf32", "bf16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 TOPK = ("topk", "batchtopk")  # activations that have a k
+# By benches.step_scaling on 2 cores (results/cpu/step_scaling.json); on a GPU by the cost model of the kernels, not measured.
+CROSSOVER = {"cpu": 1 / 16, "cuda": 1 / 100}
 DEFAULT_K = 32
 DEFAULT_L1 = 5.0  # at a loss summed over d_in and inputs of norm sqrt(d_in); Anthropic, April 2024 update
 DEFAULT_AUXK = 1 / 32  # Gao et al. 2024, section 2.4 and appendix A.2
@@ -158,8 +160,8 @@ class StepConfig(Section):
     """Arithmetic of the matrix products; sums, losses and Adam are fp32 (fp64 for fp64)."""
     path: Literal["auto", "dense", "sparse"] = "auto"
     """How the step is computed, with the same numbers; "auto" is sparse where few latents are active."""
-    crossover: Share = 1 / 64
-    """Share of active latents up to which "auto" takes the sparse path."""
+    crossover: Literal["auto"] | Share = "auto"
+    """Share of active latents up to which path "auto" is sparse; "auto" is 1/16 on a CPU, 1/100 on a GPU."""
     lr: Literal["auto"] | PositiveFloat = "auto"
     """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, else 2e-4 / sqrt(d_sae / 2^14)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -330,8 +332,10 @@ class RunConfig(Section):
         return [("", *result[0][1:])] if len(result) == 1 and self.saes[0].name is None else result
 
 
-def resolved_step(step: StepConfig, sae: SAEConfig, n_steps: int | None) -> StepConfig:
-    """`step` with every "auto" replaced by the value it stands for.
+def resolved_step(
+    step: StepConfig, sae: SAEConfig, n_steps: int | None, device_type: str = "cpu"
+) -> StepConfig:
+    """`step` with every "auto" replaced by the value it stands for, but path, which may change within a run.
 
     Raises ConfigError for a field that belongs to another activation.
     """
@@ -343,6 +347,8 @@ def resolved_step(step: StepConfig, sae: SAEConfig, n_steps: int | None) -> Step
             )
     warmup = min(1000, math.ceil(0.05 * n_steps)) if n_steps else 1000
     auto: dict[str, Any] = {}
+    if step.crossover == "auto":
+        auto["crossover"] = CROSSOVER.get(device_type, 0.0)
     if step.lr == "auto":
         auto["lr"] = 2e-4 / math.sqrt(sae.d_sae / 2**14) if topk else 3e-4
     if step.lr_warmup_steps == "auto":

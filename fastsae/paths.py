@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastsae.activations import has_sparse_ops
 from fastsae.config import StepConfig
 from fastsae.sae import SAE
 
@@ -20,10 +19,9 @@ class PathChoice:
 
     def __init__(self, cfg: StepConfig, sae: SAE) -> None:
         d_sae, device = sae.cfg.d_sae, sae.W_dec.device
+        assert cfg.crossover != "auto", "resolved_step has replaced it"
         self._limit = cfg.crossover * d_sae  # latents
         self._fixed = None if cfg.path == "auto" else cfg.path == "sparse"
-        if self._fixed is None and not has_sparse_ops(sae.W_dec):
-            self._fixed = False
         if self._fixed is None and sae.cfg.k is not None:
             self._fixed = sae.cfg.k <= self._limit
         self.sparse = False

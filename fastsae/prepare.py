@@ -106,7 +106,7 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
         for name, section, step in config.variants():
             key = f"{hook}/{name}" if name else hook
             shape = SAEConfig(width, **section.model_dump())
-            steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config)), hook
+            steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config), device.type), hook
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):
                 saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)

@@ -46,28 +46,32 @@ class Rows(NamedTuple):
 
 class Shadows:
     """Copies of W_enc (latent-major) and W_dec in the products' dtype. The row pass renews them; whatever else writes to the
-    parameters is seen by their version counters.
+    parameters or replaces them is seen by their version counters and addresses. (What is written through `.data` is not.)
     """
 
     def __init__(self, sae: SAE, dtype: torch.dtype) -> None:
         self._sae, self._dtype = sae, dtype
         self._copies: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
 
     def of(self, name: str) -> Tensor | None:
         """None where the parameter has the dtype itself."""
-        parameter = getattr(self._sae, name)
+        parameter: Tensor = getattr(self._sae, name)
         if parameter.dtype == self._dtype:
             return None
-        if self._versions.get(name) != parameter._version:
+        if self._stamps.get(name) != self._stamp(name):
             latent_major = parameter.detach().T if name == "W_enc" else parameter.detach()
             self._copies[name] = latent_major.to(self._dtype, memory_format=torch.contiguous_format)
-            self._versions[name] = parameter._version
+            self._stamps[name] = self._stamp(name)
         return self._copies[name]
 
     def renewed(self) -> None:
         """The copies are those of the parameters as they are now."""
-        self._versions = {name: getattr(self._sae, name)._version for name in self._copies}
+        self._stamps = {name: self._stamp(name) for name in self._copies}
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        parameter: Tensor = getattr(self._sae, name)
+        return parameter.data_ptr(), parameter._version
 
 
 def forward(

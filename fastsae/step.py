@@ -43,7 +43,8 @@ class TrainStep:
     """One optimisation step per call, in place on the SAE's parameters.
 
     Args:
-        sae: the SAE to train; its parameters are the fp32 masters (fp64 for precision "fp64").
+        sae: the SAE to train; its parameters are the fp32 masters (fp64 for precision "fp64"). Between steps they may be written
+            to or replaced, but for bf16 not through `.data`, which leaves no trace for the copies that the products read.
         cfg: the step's section of the config; every "auto" is resolved here, see `cfg` of the object.
         n_steps: length of the run, for the schedules; without it there is no decay and no L1 warm-up.
     Raises:
@@ -52,7 +53,7 @@ class TrainStep:
 
     def __init__(self, sae: SAE, cfg: StepConfig | None = None, n_steps: int | None = None) -> None:
         self.sae, self.n_steps = sae, n_steps
-        self.cfg = resolved_step(cfg or StepConfig(), sae.cfg, n_steps)
+        self.cfg = resolved_step(cfg or StepConfig(), sae.cfg, n_steps, sae.W_dec.device.type)
         master = torch.float64 if self.cfg.precision == "fp64" else torch.float32
         if sae.W_dec.dtype != master:
             raise ConfigError(

@@ -159,6 +159,8 @@ def test_bf16_products_read_the_weights_as_they_are():
     sae.load_state_dict({**sae.state_dict(), "W_dec": -sae.W_dec.detach()})
     assert torch.equal(shadows.of("W_dec"), sae.W_dec.bfloat16())
     assert torch.equal(shadows.of("W_enc"), sae.W_enc.detach().T.bfloat16())
+    sae.W_dec = torch.nn.Parameter(2 * sae.W_dec.detach())
+    assert torch.equal(shadows.of("W_dec"), sae.W_dec.bfloat16())
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])

@@ -15,6 +15,7 @@ from benches.sparse_cases import (
     decode_loss_case,
     dense_codes_grad_case,
     dense_loss_case,
+    grad_norms_case,
     grad_rows_case,
     transpose_case,
     update_rows_case,
@@ -190,6 +191,7 @@ OTHERS: dict[str, Make] = {
     "decode": decode_case,
     "transpose": transpose_case,
     "grad_rows": grad_rows_case,
+    "grad_norms": grad_norms_case,
     "dense_loss": dense_loss_case,
     "dense_codes_grad": dense_codes_grad_case,
 }

@@ -12,7 +12,7 @@ from fastsae_kernels.decode_loss import decode_loss
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_codes_grad_ref, dense_loss, dense_loss_ref
 from fastsae_kernels.testing import Tensors, assert_as_accurate, assert_close
 from fastsae_kernels.transpose import transpose, transpose_ref
-from fastsae_kernels.update import grad_rows, grad_rows_ref, update_rows
+from fastsae_kernels.update import grad_norms, grad_norms_ref, grad_rows, grad_rows_ref, update_rows
 
 BETAS, EPS, LR = (0.9, 0.999), 1e-8, 2.0**-13  # exact in fp32, so that the reference takes the same step
 CHECK_EPS = 2.0**-10  # near a gradient of 0 Adam's first step is its sign, and no rounding would be small
@@ -114,6 +114,27 @@ def grad_rows_case(w: World) -> Case:
         {"dense product": lambda i: w.dense[0][i].T @ w.dense[2][i]},
         check,
         n_bytes=4 * n * d,
+        gathered=_gathers(w),
+    )
+
+
+def grad_norms_case(w: World) -> Case:
+    def check() -> None:
+        t = w.transposed[0]
+        inputs = (w.g_values[0], w.x[0].float())
+        assert_as_accurate(
+            lambda c, s: grad_norms(t, c, s), lambda c, s: grad_norms_ref(t, c, s), inputs, grads=False
+        )
+
+    return Case(
+        lambda i: grad_norms(w.transposed[i], w.g_values[i], w.x[i]),
+        {
+            "grad_rows, then norms": lambda i: (
+                grad_rows(w.transposed[i], w.g_values[i], w.x[i])[0].square().sum(1)
+            )
+        },
+        check,
+        n_bytes=4 * w.shape.n,
         gathered=_gathers(w),
     )
 

@@ -149,6 +149,10 @@ def _rows_kernel(
         row += tl.sum(partials, axis=0)
         total += tl.sum(tl.load(partial_sums_ptr + number, mask=taken, other=0.0), axis=0)
     offsets = latent * d + cols
+    if ADAM:  # before W: after it they would spill more of a row of 16384
+        per_root_c2 = 1 / tl.sqrt_rn(tl.load(scalars_ptr + 2))
+        step_size = tl.div_rn(tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
+        grad_scale = tl.load(scalars_ptr + 3)
     if HAS_W:
         w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
         if L1_ROWS:
@@ -156,9 +160,6 @@ def _rows_kernel(
         if PROJECT:
             row -= tl.sum(row * w, axis=0) * w
     if ADAM:
-        per_root_c2 = 1 / tl.sqrt_rn(tl.load(scalars_ptr + 2))
-        step_size = tl.div_rn(tl.load(scalars_ptr), tl.load(scalars_ptr + 1))
-        grad_scale = tl.load(scalars_ptr + 3)
         m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
         w, m, v = _adam(

@@ -1,6 +1,6 @@
 """TrainStep: one optimisation step of an SAE, its gradient written by hand.
 
-No autograd graph and no host synchronisation: figures are added up on the device, and `read` fetches them. Two paths with the
+No autograd graph; figures are added up on the device, and `read` fetches them. Two paths with the
 same numbers: dense.py for many active latents, sparse.py for few.
 """
 
@@ -73,7 +73,8 @@ class TrainStep:
     ) -> StepOutput:
         """One step on raw activations; `target` (raw) is what to reconstruct where it is not x.
 
-        Does not wait for the device. Raises ValueError for shapes that do not fit.
+        Does not wait for the device; but on a GPU's sparse path relu and batchtopk ask how many slots their codes need. Raises
+        ValueError for shapes that do not fit.
         """
         sae, cfg = self.sae, self.cfg
         _check_shapes(sae.cfg, x, target)

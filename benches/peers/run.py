@@ -57,7 +57,7 @@ PAIRS = [
     Pair("fastsae relu fp32 free dense", "fastsae relu fp32 free sparse"),
     Pair("fastsae topk fp32 unit dense", "fastsae topk fp32 unit sparse"),
     Pair("fastsae relu bf16 free dense", "fastsae relu bf16 free sparse", 0, 2e-2),
-    # last, since a CPU without units for bf16 takes a minute a step for them
+    # last: they take by far the longest on a CPU without units for bf16
     Pair("SAELens standard, autocast", "fastsae relu bf16 free sparse", 7, 2e-2),
     Pair("SAELens topk, autocast", "fastsae topk bf16 unit sparse", 6, 2e-2),
     Pair("SAELens standard, autocast, compiled", "fastsae relu bf16 free sparse", 0, 2e-2),

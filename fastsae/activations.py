@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastsae.config import SAEConfig
@@ -23,33 +23,58 @@ class Codes(NamedTuple):
     counts: Int[Tensor, "*batch"]
 
 
-def relu(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "*batch d_sae"]:
+def relu(
+    pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig, threshold: Tensor | None = None
+) -> Float[Tensor, "*batch d_sae"]:
     """Every positive latent is active."""
     return pre_acts.relu()
 
 
-def topk(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "*batch d_sae"]:
+def topk(
+    pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig, threshold: Tensor | None = None
+) -> Float[Tensor, "*batch d_sae"]:
     """The cfg.k largest latents of each row are active where positive; ties go to the smallest index."""
     assert cfg.k is not None
     return pre_acts.relu() * largest(pre_acts, cfg.k)
 
 
-def batchtopk(pre_acts: Float[Tensor, "batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "batch d_sae"]:
+def batchtopk(
+    pre_acts: Float[Tensor, "batch d_sae"], cfg: SAEConfig, threshold: Tensor | None = None
+) -> Float[Tensor, "batch d_sae"]:
     """The batch * cfg.k largest latents of the batch are active where positive; ties go to the smallest (row, latent)."""
     assert cfg.k is not None
     return pre_acts.relu() * largest_of_batch(pre_acts, cfg.k)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor, SAEConfig], Tensor]] = {
+def jumprelu(
+    pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig, threshold: Float[Tensor, "#d_sae"] | None
+) -> Float[Tensor, "*batch d_sae"]:
+    """Every latent above its threshold, which is at least 0, is active. (The threshold gets no gradient here: losses.jumprelu.)"""
+    assert threshold is not None
+    return pre_acts.relu() * above(pre_acts, threshold)
+
+
+def above(
+    pre_acts: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "#d_sae"]
+) -> Bool[Tensor, "*batch d_sae"]:
+    return pre_acts > threshold
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, SAEConfig, Tensor | None], Tensor]] = {
     "relu": relu,
     "topk": topk,
     "batchtopk": batchtopk,
+    "jumprelu": jumprelu,
 }
 
 
-def activate(pre_acts: Float[Tensor, "*batch d_sae"], cfg: SAEConfig) -> Float[Tensor, "*batch d_sae"]:
-    """acts: the pre-activation where the latent is active, else 0. Differentiable."""
-    return ACTIVATIONS[cfg.activation](pre_acts, cfg)
+def activate(
+    pre_acts: Float[Tensor, "*batch d_sae"],
+    cfg: SAEConfig,
+    threshold: Float[Tensor, "#d_sae"] | None = None,
+) -> Float[Tensor, "*batch d_sae"]:
+    """acts: the pre-activation where the latent is active, else 0. Differentiable. threshold, in the units of pre_acts: for jumprelu."""
+    return ACTIVATIONS[cfg.activation](pre_acts, cfg, threshold)
 
 
 def smallest_active(acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:

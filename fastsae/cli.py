@@ -51,7 +51,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub name or folder of the source model.")] = None,
     hook: Annotated[list[str] | None, typer.Option(help="Hook point; may be repeated, and hold a *.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub name, file or folder of the text.")] = None,
-    activation: Annotated[str | None, typer.Option(help="relu, topk or batchtopk.")] = None,
+    activation: Annotated[str | None, typer.Option(help="relu, topk, batchtopk or jumprelu.")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
     k: Annotated[int | None, typer.Option(help="Active latents per token, for topk and batchtopk.")] = None,
     l1: Annotated[float | None, typer.Option(help="Weight of the L1 term, for relu.")] = None,

@@ -22,7 +22,7 @@ from pydantic import (
 from fastsae.errors import ConfigError
 from fastsae.explain import explain
 
-Activation = Literal["relu", "topk", "batchtopk"]
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 DecoderNorm = Literal["unit", "free"]
 Precision = Literal["fp64", "fp32", "tf32", "bf16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -31,8 +31,16 @@ TOPK = ("topk", "batchtopk")  # activations that have a k
 # By benches.step_scaling on 2 cores (results/cpu/step_scaling.json); on a GPU by the cost model of the kernels, not measured.
 CROSSOVER = {"cpu": 1 / 16, "cuda": 1 / 100}
 DEFAULT_K = 32
+DEFAULT_BANDWIDTH = 0.25
 DEFAULT_L1 = 5.0  # at a loss summed over d_in and inputs of norm sqrt(d_in); Anthropic, April 2024 update
 DEFAULT_AUXK = 1 / 32  # Gao et al. 2024, section 2.4 and appendix A.2
+# Fields of [step] that belong to some activations alone.
+OWN_FIELDS = {
+    "relu": ("l1_coefficient",),
+    "topk": ("auxk_coefficient", "k_aux"),
+    "batchtopk": ("auxk_coefficient", "k_aux"),
+    "jumprelu": ("l0_coefficient", "target_l0", "bandwidth", "l0_loss"),
+}
 
 
 def _as_tuple(value: Any) -> Any:
@@ -145,8 +153,8 @@ class SAESection(Section):
     """Which latents are active."""
     k: PositiveInt | None = None
     """Active latents per token, topk and batchtopk (there on average over a batch); 32 unless given."""
-    decoder_norm: DecoderNorm = "unit"
-    """Rows of W_dec held at norm 1, or free with the norm in the L1 term."""
+    decoder_norm: DecoderNorm | None = None
+    """Rows of W_dec held at norm 1 ("unit"), or free with the norm in the L1 term; unit unless given, free for jumprelu."""
     apply_b_dec_to_input: bool = True
     """Subtract b_dec before the encoder."""
 
@@ -163,9 +171,9 @@ class StepConfig(Section):
     crossover: Literal["auto"] | Share = "auto"
     """Share of active latents up to which path "auto" is sparse; "auto" is 1/16 on a CPU, 1/100 on a GPU."""
     lr: Literal["auto"] | PositiveFloat = "auto"
-    """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, else 2e-4 / sqrt(d_sae / 2^14)."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of Adam's first and second moment."""
+    """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 7e-5 for jumprelu, else 2e-4 / sqrt(d_sae / 2^14)."""
+    betas: Literal["auto"] | tuple[Beta, Beta] = "auto"
+    """Decay of Adam's first and second moment; "auto": 0.9 and 0.999, for jumprelu 0 and 0.999."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
     grad_clip: PositiveFloat | None = 1.0
@@ -178,10 +186,20 @@ class StepConfig(Section):
     """Weight of the L1 term, relu only; 5 unless given."""
     l1_warmup_fraction: Share = 0.05
     """First share of the run over which the L1 weight rises linearly from 0."""
+    l0_coefficient: NonNegativeFloat | None = None
+    """Weight of the L0 term (l0 / target_l0 - 1)^2, jumprelu only; d_in unless given."""
+    target_l0: PositiveFloat | None = None
+    """Active latents per activation to aim at, jumprelu only; 32 unless given, or d_sae where that is smaller."""
+    l0_loss: Literal["step", "tanh"] | None = None
+    """What the L0 term counts, jumprelu only: active latents ("step", unless given), or sum_j tanh(4 acts_j ||W_dec_j||)."""
+    bandwidth: PositiveFloat | None = None
+    """Width of the band around a threshold in which it has a gradient, jumprelu only, in scaled units; 0.25 unless given."""
+    l0_warmup_fraction: Share = 0.3
+    """First share of the run over which the L0 weight rises linearly from 0."""
     auxk_coefficient: NonNegativeFloat | None = None
-    """Weight of the auxiliary loss on dead latents, not for relu; 1/32 unless given."""
+    """Weight of the auxiliary loss on dead latents, topk and batchtopk; 1/32 unless given."""
     k_aux: PositiveInt | None = None
-    """Dead latents that may explain a residual, not for relu; d_in / 2 unless given."""
+    """Dead latents that may explain a residual, topk and batchtopk; d_in / 2 unless given."""
     dead_after: PositiveInt = 10_000_000
     """Activations without firing after which a latent counts as dead."""
 
@@ -241,7 +259,7 @@ class SAEConfig(Section):
     k: PositiveInt | None = None
     """Active latents per input, topk and batchtopk (there on average over a batch); 32 unless given, or d_sae where that is smaller."""
     decoder_norm: DecoderNorm = "unit"
-    """Rows of W_dec held at norm 1, or free with the norm in the L1 term."""
+    """Rows of W_dec held at norm 1, or free with the norm in the L1 term; unit unless given, free for jumprelu."""
     apply_b_dec_to_input: bool = True
     """Subtract b_dec before the encoder; off for transcoders."""
 
@@ -250,11 +268,15 @@ class SAEConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_k(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("activation") in TOPK and data.get("k") is None:
-            d_sae = data.get("d_sae")
-            return {**data, "k": min(DEFAULT_K, d_sae) if isinstance(d_sae, int) and d_sae > 0 else DEFAULT_K}
-        return data
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        filled, activation, d_sae = dict(data), data.get("activation"), data.get("d_sae")
+        if activation in TOPK and data.get("k") is None:
+            filled["k"] = min(DEFAULT_K, d_sae) if isinstance(d_sae, int) and d_sae > 0 else DEFAULT_K
+        if data.get("decoder_norm") is None:
+            filled["decoder_norm"] = "free" if activation == "jumprelu" else "unit"
+        return filled
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -339,23 +361,34 @@ def resolved_step(
 
     Raises ConfigError for a field that belongs to another activation.
     """
-    topk = sae.activation in TOPK
-    for field in ("auxk_coefficient", "k_aux") if not topk else ("l1_coefficient",):
+    activation = sae.activation
+    for field in set().union(*OWN_FIELDS.values()) - set(OWN_FIELDS[activation]):
         if getattr(step, field) is not None:
             raise ConfigError(
-                f"step.{field} = {getattr(step, field)} does not belong to activation = {sae.activation}; drop it"
+                f"step.{field} = {getattr(step, field)} does not belong to activation = {activation}; drop it"
             )
+    lrs = {"relu": 3e-4, "jumprelu": 7e-5}
+    own: dict[str, Any] = {
+        "l1_coefficient": DEFAULT_L1,
+        "l0_coefficient": float(sae.d_in),
+        "target_l0": float(min(DEFAULT_K, sae.d_sae)),
+        "l0_loss": "step",
+        "bandwidth": DEFAULT_BANDWIDTH,
+        "auxk_coefficient": DEFAULT_AUXK,
+        "k_aux": max(sae.d_in // 2, 1),
+    }
     warmup = min(1000, math.ceil(0.05 * n_steps)) if n_steps else 1000
     auto: dict[str, Any] = {}
     if step.crossover == "auto":
         auto["crossover"] = CROSSOVER.get(device_type, 0.0)
     if step.lr == "auto":
-        auto["lr"] = 2e-4 / math.sqrt(sae.d_sae / 2**14) if topk else 3e-4
+        auto["lr"] = lrs.get(activation, 2e-4 / math.sqrt(sae.d_sae / 2**14))
+    if step.betas == "auto":
+        auto["betas"] = (0.0, 0.999) if activation == "jumprelu" else (0.9, 0.999)
     if step.lr_warmup_steps == "auto":
         auto["lr_warmup_steps"] = warmup
-    if topk:
-        auto["auxk_coefficient"] = DEFAULT_AUXK if step.auxk_coefficient is None else step.auxk_coefficient
-        auto["k_aux"] = min(step.k_aux or max(sae.d_in // 2, 1), sae.d_sae)
-    else:
-        auto["l1_coefficient"] = DEFAULT_L1 if step.l1_coefficient is None else step.l1_coefficient
+    for field in OWN_FIELDS[activation]:
+        auto[field] = own[field] if getattr(step, field) is None else getattr(step, field)
+    if "k_aux" in auto:
+        auto["k_aux"] = min(auto["k_aux"], sae.d_sae)
     return step.model_copy(update=auto)

@@ -1,11 +1,12 @@
 """What a step reports: scalars on the device, added up there, and the one place where the host reads them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastsae.losses import Terms
 from fastsae.sae import SAE
 
 
@@ -15,14 +16,29 @@ class StepOutput(NamedTuple):
     loss: Float[Tensor, ""]
     mse: Float[Tensor, ""]
     l1: Float[Tensor, ""]
+    l0_loss: Float[Tensor, ""]
+    """jumprelu: (l0 / target_l0 - 1)^2."""
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, mse: Tensor, l1: Tensor, l0_loss: Tensor, auxk: Tensor, l0: Tensor, terms: Terms) -> Self:
+        """With the loss as the weighted sum of its terms."""
+        loss = mse
+        for coefficient, term in (
+            (terms.l1_coefficient, l1),
+            (terms.l0_coefficient, l0_loss),
+            (terms.auxk_coefficient, auxk),
+        ):
+            if coefficient is not None:
+                loss = loss + coefficient * term
+        return cls(loss, mse, l1, l0_loss, auxk, l0)
 
 
 class Counters:
     """Sums over steps, on the device, and the one place where the host reads them."""
 
-    NAMES = ("loss", "mse", "l1", "auxk", "l0", "grad_norm")
+    NAMES = (*StepOutput._fields, "grad_norm")
 
     def __init__(self, sae: SAE) -> None:
         self.scale, device = sae.scale, sae.W_dec.device
@@ -35,8 +51,8 @@ class Counters:
             "counters.first_bad_step": torch.full((), -1.0, device=device, dtype=dtype),
         }
 
-    def add(self, out: StepOutput, target: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Means become sums over rows, so that short batches count for what they are."""
+    def add(self, out: StepOutput, target: Tensor, grad_norm: Tensor, step: Tensor) -> None:
+        """Means become sums over rows, so that short batches count for what they are. step: its number, on the device."""
         n = len(target)
         sums, bad = self.state["counters.sums"], self.state["counters.first_bad_step"]
         means = torch.stack([*out, grad_norm, torch.ones_like(grad_norm)])
@@ -44,14 +60,14 @@ class Counters:
         target = target.to(sums.dtype)
         sums[-1].add_(target.square().sum())
         self.state["counters.x"].add_(target.sum(0))
-        bad.masked_fill_((bad < 0) & ~out.loss.isfinite(), step)
+        bad.copy_(torch.where((bad < 0) & ~out.loss.isfinite(), step.to(bad.dtype), bad))
 
     def read(self, extra: dict[str, Tensor]) -> dict[str, float]:
         """Means since the last read, and the values of `extra`, in one wait."""
         sums, x = self.state["counters.sums"], self.state["counters.x"]
         rows = sums[-2].clamp(min=1)
         variance = sums[-1] - x.square().sum() / rows
-        mse = sums[1]
+        mse = sums[self.NAMES.index("mse")]
         figures = {
             **dict(zip(self.NAMES, sums[:-2] / rows, strict=True)),
             "mse": mse / rows / self.scale**2,

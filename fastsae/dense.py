@@ -10,34 +10,29 @@ from torch import Tensor
 
 from fastsae.activations import activate, smallest_active, where_active
 from fastsae.counters import StepOutput
-from fastsae.losses import aux_acts, aux_weight
+from fastsae.losses import Terms, aux_acts, aux_weight, band, l0, l0_slope, smooth_count
 from fastsae.sae import SAE
 
 TINY = 1e-12
 
 
 class Gradients(NamedTuple):
-    """Of every parameter, W_enc latent-major; with what the forward pass saw on the way."""
+    """Of every parameter by its name, W_enc latent-major; with what the forward pass saw on the way."""
 
-    W_encT: Float[Tensor, "d_sae d_in"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_out"]
-    b_dec: Float[Tensor, " d_out"]
+    params: dict[str, Tensor]
     out: StepOutput
     fired: Bool[Tensor, " d_sae"]
     level: Float[Tensor, ""] | None
     """batchtopk: the smallest selected pre-activation."""
+    n_codes: Float[Tensor, ""]
+    """Codes per input on the sparse path: l0, for jumprelu with what lies in the band below the threshold."""
 
 
 def gradients(
     sae: SAE,
     x: Float[Tensor, "batch d_in"],
     target: Float[Tensor, "batch d_out"],
-    *,
-    l1_coefficient: float = 0.0,
-    auxk_coefficient: float = 0.0,
-    k_aux: int = 1,
-    dead_mask: Bool[Tensor, " d_sae"] | None = None,
+    terms: Terms,
     compute: torch.dtype = torch.float32,
 ) -> Gradients:
     """Loss and gradients for inputs in scaled units.
@@ -50,38 +45,75 @@ def gradients(
     W_enc, W_dec = sae.W_enc.to(compute), sae.W_dec.to(compute)
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(compute)
     pre_acts = torch.addmm(sae.b_enc.to(compute), centred, W_enc)
-    acts = activate(pre_acts, cfg)
+    acts = activate(pre_acts, cfg, sae.threshold)
 
     error = (acts @ W_dec).to(acc) + sae.b_dec - target
     g = error * (2 / batch)
     g_c = g.to(compute)
     norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else torch.ones_like(sae.b_enc)
     acts_sum = acts.sum(0, dtype=acc)
-    g_pre = g_c @ W_dec.T
-    g_W_dec = (acts.T @ g_c).to(acc)
-    if l1_coefficient:
-        g_pre += (l1_coefficient / batch * norms).to(compute)
+    g_acts = g_c @ W_dec.T
+    grads = {"W_dec": (acts.T @ g_c).to(acc)}
+    if terms.l1_coefficient is not None:
+        weight = terms.l1_coefficient / batch
+        g_acts += (weight * norms).to(compute)
         if cfg.decoder_norm == "free":
-            g_W_dec += (l1_coefficient / batch * acts_sum / norms.clamp(min=TINY))[:, None] * sae.W_dec
-    g_pre = where_active(g_pre, acts)
-
+            grads["W_dec"] += (weight * acts_sum / norms.clamp(min=TINY))[:, None] * sae.W_dec
     mse, l1 = error.square().sum() / batch, (acts_sum * norms).sum() / batch
-    auxk = torch.zeros_like(mse)
-    if auxk_coefficient and dead_mask is not None:
-        dead_acts, residual = aux_acts(pre_acts, dead_mask, k_aux), -error
-        weight = aux_weight(residual, dead_mask, k_aux)
+    l0_loss = auxk = torch.zeros_like(mse)
+    if terms.l0_coefficient is not None:
+        l0_loss = _l0_term(sae, pre_acts, acts, g_acts, norms, grads, terms)
+    g_pre = where_active(g_acts, acts)
+
+    if terms.auxk_coefficient is not None and terms.dead_mask is not None:
+        dead_acts, residual = aux_acts(pre_acts, terms.dead_mask, terms.k_aux), -error
+        weight = aux_weight(residual, terms.dead_mask, terms.k_aux)
         error_aux = (dead_acts @ W_dec).to(acc) - residual
         auxk = weight * error_aux.square().sum() / batch
-        g_aux = (error_aux * (2 * auxk_coefficient / batch * weight)).to(compute)
+        g_aux = (error_aux * (2 * terms.auxk_coefficient / batch * weight)).to(compute)
         g_pre += where_active(g_aux @ W_dec.T, dead_acts)
-        g_W_dec += (dead_acts.T @ g_aux).to(acc)
+        grads["W_dec"] += (dead_acts.T @ g_aux).to(acc)
 
-    g_b_enc = g_pre.sum(0, dtype=acc)
-    g_b_dec = g.sum(0)
+    grads["b_enc"] = g_pre.sum(0, dtype=acc)
+    grads["b_dec"] = g.sum(0)
     if cfg.apply_b_dec_to_input:
-        g_b_dec = g_b_dec - sae.W_enc @ g_b_enc
-    loss = mse + l1_coefficient * l1 + auxk_coefficient * auxk
-    out = StepOutput(loss, mse, l1, auxk, acts.count_nonzero().to(acc) / batch)
+        grads["b_dec"] = grads["b_dec"] - sae.W_enc @ grads["b_enc"]
+    grads["W_enc"] = (g_pre.T @ centred).to(acc)
+    out = StepOutput.of(mse, l1, l0_loss, auxk, acts.count_nonzero().to(acc) / batch, terms)
     level = smallest_active(acts) if cfg.activation == "batchtopk" else None
-    g_W_encT = (g_pre.T @ centred).to(acc)
-    return Gradients(g_W_encT, g_b_enc, g_W_dec, g_b_dec, out, acts.amax(0) > 0, level)
+    n_codes = out.l0
+    if cfg.activation == "jumprelu":
+        assert sae.threshold is not None
+        n_codes = (pre_acts > sae.threshold - terms.bandwidth / 2).sum() / batch
+    return Gradients(grads, out, acts.amax(0) > 0, level, n_codes)
+
+
+def _l0_term(
+    sae: SAE,
+    pre_acts: Tensor,
+    acts: Tensor,
+    g_acts: Tensor,
+    norms: Tensor,
+    grads: dict[str, Tensor],
+    terms: Terms,
+) -> Float[Tensor, ""]:
+    """jumprelu's L0 loss before its coefficient. Adds its gradients to g_acts and grads, and the threshold's to the latter."""
+    assert sae.threshold is not None
+    batch, acc, free = len(acts), sae.b_enc.dtype, sae.cfg.decoder_norm == "free"
+    in_band = band(pre_acts, sae.threshold, terms.bandwidth)
+    if terms.smooth:
+        counted, bend = smooth_count(acts, norms.to(acts.dtype))
+    else:
+        counted = acts > 0
+    count = counted.sum(dtype=acc) / batch
+    slope = l0_slope(count, terms) / batch
+    if terms.smooth:
+        bend *= slope
+        if free:
+            grads["W_dec"] += ((bend * acts).sum(0, dtype=acc) / norms.clamp(min=TINY))[:, None] * sae.W_dec
+        g_acts += bend.mul_(norms)
+    at_threshold = sae.threshold * where_active(g_acts, in_band.to(g_acts.dtype)).sum(0, dtype=acc)
+    if not terms.smooth:
+        at_threshold = at_threshold + slope * in_band.sum(0)
+    grads["threshold"] = at_threshold / -terms.bandwidth
+    return l0(count, terms.target_l0)

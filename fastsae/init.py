@@ -9,6 +9,7 @@ from torch import Tensor
 from fastsae.activations import activate, smallest_active
 from fastsae.sae import SAE
 
+START_L0 = 64  # latents that a jumprelu SAE starts with
 MEDIAN_ROWS = 65_536  # rows that the geometric median looks at; its error falls with their square root
 
 
@@ -37,8 +38,8 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
     """Set scale, b_dec and the size of W_enc from raw activations; `chunks` is iterated more than once.
 
     scale: mean ||x|| = sqrt(d_in). b_dec: the geometric median. W_enc: so that the first x_hat - b_dec
-    has the mean norm of x - b_dec; batchtopk's threshold: as it is on these. W_enc stays where b_dec is not subtracted from the input. Only for SAEs whose
-    output is their input. Waits for the device.
+    has the mean norm of x - b_dec; W_enc stays where b_dec is not subtracted from the input. Thresholds: batchtopk's as it is on
+    these; jumprelu's so that START_L0 latents are active. Only for SAEs whose output is their input. Waits for the device.
     """
     norm = mean_norm(chunks())
     if norm > 0 and norm.isfinite():
@@ -54,8 +55,11 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
     rows = rows[:4096]
     if sae.threshold is not None:
         pre_acts = sae.pre_acts(rows / sae.scale) * sae.scale
-        active = activate(pre_acts, sae.cfg)
-        sae.threshold.copy_(smallest_active(active))
+        if sae.cfg.activation == "batchtopk":
+            sae.threshold.copy_(smallest_active(activate(pre_acts, sae.cfg)))
+        else:
+            n = max(round(START_L0 / sae.cfg.d_sae * len(rows)), 1)
+            sae.threshold.copy_(pre_acts.topk(min(n, len(rows)), dim=0).values[-1].clamp(min=0))
     centred = (rows - sae.b_dec).norm(dim=-1).mean()
     decoded = (sae(rows / sae.scale) * sae.scale - sae.b_dec).norm(dim=-1).mean()
     if sae.cfg.apply_b_dec_to_input and decoded > 0 and centred.isfinite():

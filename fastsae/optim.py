@@ -11,8 +11,8 @@ def adam_(
     m: Tensor,
     v: Tensor,
     *,
-    step: int,
-    lr: float,
+    step: Tensor,
+    lr: Tensor,
     betas: tuple[float, float],
     eps: float,
     grad_scale: Tensor | float = 1.0,
@@ -20,7 +20,7 @@ def adam_(
 ) -> None:
     """One step of Adam in place (Kingma and Ba 2015, algorithm 1), by the kernel of torch.optim.Adam(fused=True).
 
-    Args: step counts from 1; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves. grad is overwritten.
+    Args: step counts from 1; it and lr are scalars on the device, so that a captured step follows its schedules; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves. grad is overwritten.
     """
     grad.mul_(grad_scale)
     torch._fused_adam_(
@@ -29,8 +29,8 @@ def adam_(
         [m],
         [v],
         [],
-        [torch.full((), float(step), device=param.device)],
-        lr=lr,
+        [step.float()],
+        lr=lr.float() if param.device.type == "cuda" else lr,  # CUDA's kernel reads an fp32
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=0.0,

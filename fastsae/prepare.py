@@ -231,7 +231,7 @@ def _resolved(
 
     entries = []
     for (name, section, asked), (shape, step) in zip(config.variants(), built, strict=True):
-        sae = section.model_copy(update={"k": shape.k})
+        sae = section.model_copy(update={"k": shape.k, "decoder_norm": shape.decoder_norm})
         full = step.model_copy(update={"k_aux": asked.k_aux})  # by default it follows from the width
         if not name:
             return config.model_copy(update={"ring": ring, "sae": sae, "step": full, "saes": ()})

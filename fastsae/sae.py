@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastsae import __version__
-from fastsae.activations import Codes, activate, has_sparse_ops, to_codes
+from fastsae.activations import Codes, activate, has_sparse_ops, jumprelu, to_codes
 from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, RunError, reason
 from fastsae.seeds import generator
@@ -37,8 +37,9 @@ CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
 class SAE(nn.Module):
     """Sparse autoencoder. Parameters: W_enc [d_in, d_sae] (a transposed view: latent-major in memory),
-    b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; buffers: scale [], and for batchtopk threshold [], in scaled units: the
-    running mean, over training, of the smallest pre-activation that was selected. `encode` goes by it, one input at a time.
+    b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], and for jumprelu threshold [d_sae], at least 0; buffers: scale [], and for
+    batchtopk threshold []: the running mean, over training, of the smallest pre-activation that was selected, by which `encode`
+    goes, one input at a time. Biases and thresholds are in scaled units.
 
     Args:
         cfg: its shape.
@@ -59,7 +60,7 @@ class SAE(nn.Module):
         self.cfg = cfg
         self.metadata: dict[str, Any] = {}
         d_out = cfg.d_out or cfg.d_in
-        norm = 1.0 if cfg.decoder_norm == "unit" else FREE_NORM
+        norm = FREE_NORM if cfg.decoder_norm == "free" and cfg.activation == "relu" else 1.0
         rows = torch.randn(cfg.d_sae, d_out, generator=generator(seed, "sae/W_dec"), dtype=torch.float32)
         W_dec = norm * rows / rows.norm(dim=-1, keepdim=True)
         if d_out == cfg.d_in:
@@ -73,8 +74,11 @@ class SAE(nn.Module):
         self.scale: Tensor
         self.register_buffer("scale", torch.ones((), device=device, dtype=dtype))
         self.threshold: Tensor | None
-        level = torch.zeros((), device=device, dtype=dtype) if cfg.activation == "batchtopk" else None
-        self.register_buffer("threshold", level)
+        if cfg.activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros_like(self.b_enc))
+        else:
+            level = torch.zeros((), device=device, dtype=dtype) if cfg.activation == "batchtopk" else None
+            self.register_buffer("threshold", level)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Pre-activations of raw activations, in raw units."""
@@ -89,7 +93,7 @@ class SAE(nn.Module):
         pre_acts = self.pre_acts(x)
         if self.threshold is None:
             return activate(pre_acts, self.cfg)
-        return pre_acts.relu() * (pre_acts > self.threshold / self.scale)
+        return jumprelu(pre_acts, self.cfg, self.threshold / self.scale)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
         """Latents as Codes(indices, values, counts): k slots per row for topk, else as many as the fullest row has, which waits for
@@ -156,7 +160,9 @@ class SAE(nn.Module):
         """In raw units, one per latent."""
         if self.threshold is None:
             return None
-        level = (self.threshold / self.scale).to(torch.promote_types(self.threshold.dtype, torch.float32))
+        level = (self.threshold.detach() / self.scale).to(
+            torch.promote_types(self.threshold.dtype, torch.float32)
+        )
         return level.expand(self.cfg.d_sae).contiguous()
 
     def extra_repr(self) -> str:
@@ -191,7 +197,8 @@ class SAE(nn.Module):
         self.b_enc.copy_(tensors["b_enc"] * self.scale.cpu())
         self.b_dec.copy_(tensors["b_dec"] * self.scale.cpu())
         if self.threshold is not None:
-            self.threshold.copy_(tensors["threshold"][0] * self.scale.cpu())
+            thresholds = tensors["threshold"] * self.scale.cpu()
+            self.threshold.copy_(thresholds if self.threshold.ndim else thresholds[0])
 
     def save(self, folder: Path | str) -> None:
         """Write SAELens' layout: cfg.json and sae_weights.safetensors, each aside first, then renamed.
@@ -240,7 +247,7 @@ class SAE(nn.Module):
 
     def _saelens_config(self) -> dict[str, Any]:
         cfg, transcoder = self.cfg, (self.cfg.d_out or self.cfg.d_in) != self.cfg.d_in
-        kind = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[cfg.activation]
+        kind = {"relu": "standard", "batchtopk": "jumprelu"}.get(cfg.activation, cfg.activation)
         if transcoder:
             kind = "transcoder" if kind == "standard" else f"{kind}_transcoder"
         return {

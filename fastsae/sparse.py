@@ -1,7 +1,7 @@
 """The sparse path of TrainStep: behind the encoder's product everything costs what the active latents cost.
 
 encode and select, one gather of W_dec for loss and gradients, the transposed codes, and one pass over the weights that sums a
-gradient row, steps Adam with it and drops it. The same numbers as step.gradients and optim.adam_; no [batch, d_sae] tensor
+gradient row, steps Adam with it and drops it. The same numbers as dense.gradients and optim.adam_; no [batch, d_sae] tensor
 outlives a chunk of rows, and no [d_sae, d_in] gradient exists. Where dead latents take part (AuxK), two sets of codes meet in
 the same rows: `gradients` then writes the rows out.
 """
@@ -14,21 +14,38 @@ from torch import Tensor
 
 import fastsae_kernels as ops
 from fastsae.config import StepConfig
-from fastsae.losses import aux_weight
+from fastsae.losses import Terms, aux_weight, l0, l0_slope, smooth_count
 from fastsae.optim import clip_scale
 from fastsae.sae import SAE
 
 
 class Pass(NamedTuple):
-    """What the forward pass of one batch leaves for the weights."""
+    """What the forward pass of one batch leaves for the weights. g_values in `out` are 0 where a latent is not active."""
 
     x: Float[Tensor, "batch d_in"]
     """The encoder's operand: centred, in the products' dtype."""
     codes: ops.Codes
     out: ops.DecodeLoss
     t: ops.Transposed
+    active: Bool[Tensor, "rows width"] | None = None
+    """jumprelu: the slots above the threshold; None: all that are taken."""
     level: Float[Tensor, ""] | None = None
     """batchtopk: the smallest selected pre-activation."""
+    l0_loss: Float[Tensor, ""] | None = None
+    g_threshold: Float[Tensor, " d_sae"] | None = None
+    g_norms: Float[Tensor, " d_sae"] | None = None
+    """At the norms of W_dec's rows, where the smooth count makes one."""
+
+    @property
+    def l0(self) -> Float[Tensor, ""]:
+        n = self.codes.counts if self.active is None else self.active
+        return n.sum().to(self.out.mse.dtype) / len(self.x)
+
+    @property
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        if self.active is None:
+            return self.t.starts.diff() > 0
+        return latent_sums(self.t, self.active.to(self.out.mse.dtype)) > 0
 
 
 class Rows(NamedTuple):
@@ -80,10 +97,10 @@ def forward(
     W_dec: Tensor,
     x: Float[Tensor, "batch d_in"],
     target: Float[Tensor, "batch d_out"],
-    l1_coefficient: float,
+    terms: Terms,
 ) -> Pass:
     """Codes, loss and gradients at the codes, for inputs in scaled units. W_encT and W_dec are the products' operands."""
-    cfg = sae.cfg
+    cfg, acc = sae.cfg, sae.b_enc.dtype
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(W_encT.dtype)
     level = None
     if cfg.activation == "batchtopk":  # looks at the whole batch: pre_acts are not taken by chunks of rows
@@ -91,17 +108,61 @@ def forward(
         pre_acts, group_max = ops.encode(centred, W_encT.T, sae.b_enc)
         codes, level = ops.select_batchtopk(pre_acts, cfg.k, group_max)
     else:
-        codes = ops.encode_codes(centred, W_encT.T, sae.b_enc, k=cfg.k, width=None)
-    free = cfg.decoder_norm == "free"
-    out = ops.decode_loss(
-        codes,
-        W_dec,
-        sae.b_dec,
-        target,
-        l1=torch.full((), l1_coefficient, dtype=sae.b_enc.dtype, device=x.device) if l1_coefficient else None,
-        norms=sae.W_dec.norm(dim=-1) if free else None,
+        codes = ops.encode_codes(
+            centred,
+            W_encT.T,
+            sae.b_enc,
+            k=cfg.k,
+            threshold=sae.threshold,
+            bandwidth=terms.bandwidth,
+            width=None,
+        )
+    norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else None
+    l1 = (
+        None
+        if terms.l1_coefficient is None
+        else torch.as_tensor(terms.l1_coefficient, dtype=acc, device=x.device)
     )
-    return Pass(centred, codes, out, ops.transpose(codes, cfg.d_sae), level)
+    out = ops.decode_loss(codes, W_dec, sae.b_dec, target, l1=l1, norms=norms)
+    main = Pass(centred, codes, out, ops.transpose(codes, cfg.d_sae), level=level)
+    return (
+        main if sae.threshold is None or level is not None else _jumprelu(sae.threshold, main, norms, terms)
+    )
+
+
+def _jumprelu(threshold: Tensor, main: Pass, norms: Tensor | None, terms: Terms) -> Pass:
+    """`main` with the L0 term, the threshold's gradient, and none at the latents in the band below it. See dense._l0_term."""
+    codes, g, batch = main.codes, main.out.g_values, len(main.x)
+    values, threshold = codes.values.to(g.dtype), threshold.detach()
+    taken = torch.arange(values.shape[1], device=values.device) < codes.counts[:, None]
+    active, level = taken & (values > 0), threshold[codes.indices]
+    in_band = taken & (values < level + terms.bandwidth / 2)
+    norm = torch.ones_like(values) if norms is None else norms[codes.indices]
+    if terms.smooth:
+        counted, bend = smooth_count(values, norm)
+    else:
+        counted = active
+    count = counted.sum(dtype=g.dtype) / batch
+    slope, g_norms = l0_slope(count, terms) / batch, None
+    if terms.smooth:
+        bend = bend * slope
+        if norms is not None:
+            g_norms = latent_sums(main.t, bend * values)
+        g = g + bend * norm
+    at_threshold = level * g if terms.smooth else level * g + slope
+    g_threshold = latent_sums(main.t, at_threshold.masked_fill(~in_band, 0)) / -terms.bandwidth
+    return main._replace(
+        out=main.out._replace(g_values=g.masked_fill(~active, 0)),
+        active=active,
+        l0_loss=l0(count, terms.target_l0),
+        g_threshold=g_threshold,
+        g_norms=g_norms,
+    )
+
+
+def latent_sums(t: ops.Transposed, coefficients: Float[Tensor, "rows width"]) -> Float[Tensor, " d_sae"]:
+    """Sums of the coefficients per latent, in order: what grad_norms adds up beside rows, here of one column."""
+    return ops.grad_norms(t, coefficients, coefficients.new_ones(t.batch, 1))[1]
 
 
 def aux(
@@ -109,24 +170,24 @@ def aux(
     W_encT: Tensor,
     W_dec: Tensor,
     main: Pass,
-    dead_mask: Bool[Tensor, " d_sae"],
-    k_aux: int,
-    coefficient: float,
+    terms: Terms,
 ) -> tuple[Float[Tensor, ""], Pass]:
     """The auxiliary loss before its coefficient, and its pass, gradients weighted. See losses.auxk."""
+    dead_mask, k_aux = terms.dead_mask, terms.k_aux
+    assert dead_mask is not None and terms.auxk_coefficient is not None
     batch, acc = len(main.x), sae.b_enc.dtype
     codes = _dead_codes(main.x, W_encT, sae.b_enc, dead_mask, k_aux)
     residual = main.out.g.to(acc) * (-batch / 2)
     out = ops.decode_loss(codes, W_dec, torch.zeros_like(sae.b_dec), residual)
     weight = aux_weight(residual, dead_mask, k_aux)
-    scale = weight * coefficient
+    scale = weight * terms.auxk_coefficient
     weighted = out._replace(g=(out.g * scale).to(out.g.dtype), g_values=out.g_values * scale)
     return weight * out.mse.sum() / batch, Pass(main.x, codes, weighted, ops.transpose(codes, sae.cfg.d_sae))
 
 
 def _dead_codes(x: Tensor, W_encT: Tensor, b_enc: Tensor, dead_mask: Tensor, k_aux: int) -> ops.Codes:
     """Codes of the k_aux largest positive pre-activations among dead latents."""
-    if x.device.type != "cpu":  # no wait: a bias of -inf is never selected
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # no wait: a bias of -inf is never selected
         return ops.encode_codes(x, W_encT.T, b_enc.masked_fill(~dead_mask, float("-inf")), k=k_aux)
     dead = dead_mask.nonzero().squeeze(1)
     if not len(dead):
@@ -138,18 +199,22 @@ def _dead_codes(x: Tensor, W_encT: Tensor, b_enc: Tensor, dead_mask: Tensor, k_a
     return codes._replace(indices=indices)
 
 
-def gradients(sae: SAE, passes: list[Pass], l1_coefficient: float) -> dict[str, Tensor]:
+def gradients(sae: SAE, passes: list[Pass], terms: Terms) -> dict[str, Tensor]:
     """Of every parameter, W_enc latent-major; the sums over the passes of one batch, the first of which holds x_hat's loss."""
-    main = passes[0]
+    main, acc = passes[0], sae.b_enc.dtype
     W_encT, b_enc = _summed([ops.grad_rows(p.t, p.out.g_values, p.x) for p in passes])
     W_dec, acts_sum = ops.grad_rows(main.t, main.codes.values, main.out.g)
     for p in passes[1:]:
         W_dec += ops.grad_rows(p.t, p.codes.values, p.out.g)[0]
-    if l1_coefficient and sae.cfg.decoder_norm == "free":
+    g_norms = main.g_norms
+    if terms.l1_coefficient is not None and sae.cfg.decoder_norm == "free":
+        g_norms = terms.l1_coefficient / len(main.x) * acts_sum
+    if g_norms is not None:
         norms = sae.W_dec.norm(dim=-1).clamp(min=torch.finfo(W_dec.dtype).tiny)
-        W_dec += (l1_coefficient / len(main.x) * acts_sum / norms)[:, None] * sae.W_dec
-    acc = sae.b_enc.dtype
+        W_dec += (g_norms / norms)[:, None] * sae.W_dec
     grads = {"W_enc": W_encT, "b_enc": b_enc, "W_dec": W_dec, "b_dec": g_b_dec(sae, main, b_enc)}
+    if main.g_threshold is not None:
+        grads["threshold"] = main.g_threshold
     return {name: g.to(acc) for name, g in grads.items()}
 
 
@@ -175,18 +240,22 @@ def update(
     dec: Rows,
     bias: tuple[Tensor, Tensor, Tensor],
     scalars: Float[Tensor, "6"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, " d_out"]]:
-    """Step W_dec, W_enc and b_enc in place; the gradient's global norm before clipping, and b_dec's gradient.
+    betas: tuple[float, float],
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Step W_dec, W_enc and b_enc in place; the gradient's global norm before clipping, and the gradients of the other parameters.
 
     bias: b_enc and its moments. scalars: update_rows'; [3] is set to the clipping factor, and [5] where the loss or the norm is not
     finite: then nothing moves.
     """
     unit, values, out, t = sae.cfg.decoder_norm == "unit", main.codes.values, main.out, main.t
-    squares_dec, _ = ops.grad_norms(t, values, out.g, dec.W, scalars=scalars, project=unit, l1_rows=not unit)
+    l1_rows = not unit and cfg.l1_coefficient is not None
+    squares_dec, _ = ops.grad_norms(t, values, out.g, dec.W, scalars=scalars, project=unit, l1_rows=l1_rows)
     squares_enc, b_enc = ops.grad_norms(t, out.g_values, main.x)
-    b_dec = g_b_dec(sae, main, b_enc)
-    squares = [squares_dec.sum(), squares_enc.sum(), b_enc.square().sum(), b_dec.square().sum()]
-    norm = torch.stack([s.to(b_dec.dtype) for s in squares]).sum().sqrt()
+    rest = {"b_dec": g_b_dec(sae, main, b_enc)}
+    if main.g_threshold is not None:
+        rest["threshold"] = main.g_threshold.to(sae.b_enc.dtype)
+    squares = [squares_dec.sum(), squares_enc.sum(), *(g.square().sum() for g in (b_enc, *rest.values()))]
+    norm = torch.stack([s.to(sae.b_enc.dtype) for s in squares]).sum().sqrt()
     if cfg.grad_clip is not None:
         scalars[3] = clip_scale(norm, cfg.grad_clip)
     scalars[5] = ~(out.finite & norm.isfinite())
@@ -198,12 +267,12 @@ def update(
         dec.m,
         dec.v,
         scalars=scalars,
-        betas=cfg.betas,
+        betas=betas,
         eps=cfg.eps,
         shadow=dec.shadow,
         project=unit,
         renormalise=unit,
-        l1_rows=not unit,
+        l1_rows=l1_rows,
     )
     ops.update_rows(
         t,
@@ -213,11 +282,11 @@ def update(
         enc.m,
         enc.v,
         scalars=scalars,
-        betas=cfg.betas,
+        betas=betas,
         eps=cfg.eps,
         shadow=enc.shadow,
         bias=bias[0],
         bias_m=bias[1],
         bias_v=bias[2],
     )
-    return norm, b_dec
+    return norm, rest

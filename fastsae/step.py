@@ -16,26 +16,40 @@ from fastsae.config import SAEConfig, StepConfig, resolved_step
 from fastsae.counters import Counters, StepOutput
 from fastsae.dense import gradients
 from fastsae.errors import ConfigError
+from fastsae.losses import Terms
 from fastsae.metrics import short_count
 from fastsae.optim import adam_, clip_scale, global_norm, lr_factor, normalise_rows_, project_rows_, ramp
 from fastsae.paths import PathChoice
 from fastsae.sae import SAE
 
 if TYPE_CHECKING:
+    from fastsae import sparse
     from fastsae.sparse import Shadows
 
-PARAMS = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLD_RATE = 0.01  # of batchtopk's running threshold per step, SAELens' topk_threshold_lr
 
 
+class Scalars(NamedTuple):
+    """What changes from step to step, on the device: a captured step follows it."""
+
+    rows: Float[Tensor, "6"]
+    """As update_rows reads them."""
+    lr: Float[Tensor, ""]
+    l1: Float[Tensor, ""]
+    l0: Float[Tensor, ""]
+    step: Float[Tensor, ""]
+    """Counts from 1."""
+
+
 class Done(NamedTuple):
-    """What either path leaves: the step's figures, which latents fired, the gradient's global norm before clipping, and batchtopk's
-    smallest selected pre-activation.
+    """What either path leaves: the step's figures, which latents fired, the gradient's global norm before clipping, codes per input,
+    and batchtopk's smallest selected pre-activation.
     """
 
     out: StepOutput
     fired: Bool[Tensor, " d_sae"]
     grad_norm: Float[Tensor, ""]
+    n_codes: Float[Tensor, ""]
     level: Float[Tensor, ""] | None
 
 
@@ -46,7 +60,7 @@ class TrainStep:
         sae: the SAE to train; its parameters are the fp32 masters (fp64 for precision "fp64"). Between steps they may be written
             to or replaced, but for bf16 not through `.data`, which leaves no trace for the copies that the products read.
         cfg: the step's section of the config; every "auto" is resolved here, see `cfg` of the object.
-        n_steps: length of the run, for the schedules; without it there is no decay and no L1 warm-up.
+        n_steps: length of the run, for the schedules; without it there is no decay and no warm-up of L1 or L0.
     Raises:
         ConfigError: a field of cfg that belongs to another activation, or parameters of the wrong dtype.
     """
@@ -59,6 +73,8 @@ class TrainStep:
             raise ConfigError(
                 f"step.precision = {self.cfg.precision} trains {master} parameters, not {sae.W_dec.dtype}"
             )
+        assert self.cfg.betas != "auto"
+        self.betas = self.cfg.betas
         self.compute = torch.bfloat16 if self.cfg.precision == "bf16" else master
         self.n_done = self.n_tokens = 0
         self.moments = {p: (torch.zeros_like(w), torch.zeros_like(w)) for p, w in self._rows().items()}
@@ -73,79 +89,120 @@ class TrainStep:
     ) -> StepOutput:
         """One step on raw activations; `target` (raw) is what to reconstruct where it is not x.
 
-        Does not wait for the device; but on a GPU's sparse path relu and batchtopk ask how many slots their codes need. Raises
+        Does not wait for the device; but on a GPU's sparse path all but topk ask how many slots their codes need. Raises
         ValueError for shapes that do not fit.
         """
-        sae, cfg = self.sae, self.cfg
-        _check_shapes(sae.cfg, x, target)
-        x = x.to(sae.W_dec.dtype) * sae.scale
-        target = x if target is None else target.to(sae.W_dec.dtype) * sae.scale
-        l1_now = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
+        _check_shapes(self.sae.cfg, x, target)
         # known without asking the device
-        may_be_dead = bool(cfg.auxk_coefficient) and self.n_tokens >= self._none_dead_before
-        form = self._sparse if self._path.is_sparse(self.n_done) else self._dense
-        with _tf32(cfg.precision == "tf32", x.device):
-            out, fired, grad_norm, level = form(x, target, l1_now, self.dead_mask() if may_be_dead else None)
-        self.tokens_since_fired.add_(len(x)).masked_fill_(fired, 0)
-        self._path.add(out.l0)
-        if sae.threshold is not None and level is not None:
-            now = torch.where((level > 0) & level.isfinite(), level.to(sae.threshold.dtype), sae.threshold)
-            sae.threshold.lerp_(now, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(now.dtype))
-        self._counters.add(out, target, grad_norm, self.n_done)
+        may_be_dead = bool(self.cfg.auxk_coefficient) and self.n_tokens >= self._none_dead_before
+        sparse = self._path.is_sparse(self.n_done)
+        with _tf32(self.cfg.precision == "tf32", x.device):
+            out = self._on_device(
+                x, target, self._scalars(len(x)), self._operands() if sparse else None, may_be_dead
+            )
+        if sparse and self._shadows is not None and self._is_one_pass(may_be_dead):
+            self._shadows.renewed()
         self.n_done += 1
         self.n_tokens += len(x)
         return out
 
-    def _dense(self, x: Tensor, target: Tensor, l1_now: float, dead_mask: Tensor | None) -> Done:
-        grads = gradients(
-            self.sae,
-            x,
-            target,
-            l1_coefficient=l1_now,
-            auxk_coefficient=self.cfg.auxk_coefficient or 0.0,
-            k_aux=self.cfg.k_aux or 1,
-            dead_mask=dead_mask,
-            compute=self.compute,
-        )
-        grad_norm = self._update(dict(zip(PARAMS, grads[:4], strict=True)), grads.out.loss)
-        return Done(grads.out, grads.fired, grad_norm, grads.level)
+    def _on_device(
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        now: Scalars,
+        operands: tuple["sparse.Rows", "sparse.Rows"] | None,
+        may_be_dead: bool,
+    ) -> StepOutput:
+        """The step as one graph: nothing in it depends on a number on the host that changes from step to step."""
+        sae = self.sae
+        x = x.to(sae.W_dec.dtype) * sae.scale
+        target = x if target is None else target.to(sae.W_dec.dtype) * sae.scale
+        terms = self._terms(now, self.dead_mask() if may_be_dead else None)
+        if operands is None:
+            out, fired, grad_norm, n_codes, level = self._dense(x, target, now, terms)
+        else:
+            out, fired, grad_norm, n_codes, level = self._sparse(x, target, now, terms, *operands)
+        self.tokens_since_fired.add_(len(x)).masked_fill_(fired, 0)
+        self._path.add(n_codes)
+        if level is not None:
+            assert sae.threshold is not None
+            level = torch.where((level > 0) & level.isfinite(), level.to(sae.threshold.dtype), sae.threshold)
+            sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
+        self._counters.add(out, target, grad_norm, now.step - 1)
+        return out
 
-    def _sparse(self, x: Tensor, target: Tensor, l1_now: float, dead_mask: Tensor | None) -> Done:
+    def _dense(self, x: Tensor, target: Tensor, now: Scalars, terms: Terms) -> Done:
+        grads = gradients(self.sae, x, target, terms, self.compute)
+        grad_norm = self._update(grads.params, grads.out.loss, now)
+        return Done(grads.out, grads.fired, grad_norm, grads.n_codes, grads.level)
+
+    def _sparse(
+        self, x: Tensor, target: Tensor, now: Scalars, terms: Terms, enc: "sparse.Rows", dec: "sparse.Rows"
+    ) -> Done:
         from fastsae import sparse  # loads triton: not at the top
 
-        sae, cfg, batch, params = self.sae, self.cfg, len(x), self._rows()
-        self._shadows = self._shadows or sparse.Shadows(sae, self.compute)
+        sae, cfg, batch = self.sae, self.cfg, len(x)
+        main = sparse.forward(sae, enc.operand, dec.operand, x, target, terms)
+        mse, l1 = main.out.mse.sum() / batch, main.out.l1.sum() / batch
+        auxk, passes = torch.zeros_like(mse), [main]
+        if terms.dead_mask is not None:
+            auxk, more = sparse.aux(sae, enc.operand, dec.operand, main, terms)
+            passes.append(more)
+        l0_loss = torch.zeros_like(mse) if main.l0_loss is None else main.l0_loss
+        out = StepOutput.of(mse, l1, l0_loss, auxk, main.l0, terms)
+        if self._is_one_pass(terms.dead_mask is not None):
+            bias = (sae.b_enc.detach(), *self.moments["b_enc"])
+            grad_norm, rest = sparse.update(sae, cfg, main, enc, dec, bias, now.rows, self.betas)
+            for name, g in rest.items():
+                self._adam(name, g, now.rows[3], now.rows[5], now)
+        else:
+            grad_norm = self._update(sparse.gradients(sae, passes, terms), out.loss, now)
+        n_codes = main.codes.counts.sum().to(mse.dtype) / batch
+        return Done(out, main.fired, grad_norm, n_codes, main.level)
+
+    def _is_one_pass(self, may_be_dead: bool) -> bool:
+        """Whether the sparse path steps with gradient rows that are never stored: dead latents add to them, and so does the smooth count
+        where the decoder's norm is free.
+        """
+        smooth = self.cfg.l0_loss == "tanh" and self.sae.cfg.decoder_norm == "free"
+        return not (may_be_dead or smooth)
+
+    def _operands(self) -> tuple["sparse.Rows", "sparse.Rows"]:
+        from fastsae import sparse  # loads triton: not at the top
+
+        self._shadows = self._shadows or sparse.Shadows(self.sae, self.compute)
+        params = self._rows()
         enc, dec = (
             sparse.Rows(params[name], *self.moments[name], self._shadows.of(name))
             for name in ("W_enc", "W_dec")
         )
-        main = sparse.forward(sae, enc.operand, dec.operand, x, target, l1_now)
-        mse, l1 = main.out.mse.sum() / batch, main.out.l1.sum() / batch
-        auxk = torch.zeros_like(mse)
-        if dead_mask is None:
-            loss = mse + l1_now * l1
-            scalars = self._scalars(l1_now / batch)
-            bias = (params["b_enc"], *self.moments["b_enc"])
-            grad_norm, g_b_dec = sparse.update(sae, cfg, main, enc, dec, bias, scalars)
-            self._adam("b_dec", g_b_dec, scalars[3], scalars[5])
-            self._shadows.renewed()
-        else:
-            assert cfg.auxk_coefficient is not None and cfg.k_aux is not None
-            auxk, more = sparse.aux(
-                sae, enc.operand, dec.operand, main, dead_mask, cfg.k_aux, cfg.auxk_coefficient
-            )
-            loss = mse + l1_now * l1 + cfg.auxk_coefficient * auxk
-            grad_norm = self._update(sparse.gradients(sae, [main, more], l1_now), loss)
-        out = StepOutput(loss, mse, l1, auxk, main.codes.counts.sum().to(mse.dtype) / batch)
-        return Done(out, main.t.starts.diff() > 0, grad_norm, main.level)
+        return enc, dec
 
-    def _scalars(self, l1: float) -> Float[Tensor, "6"]:
-        """What update_rows reads on the device; no wait for it."""
-        t, (beta1, beta2) = self.n_done + 1, self.cfg.betas
-        values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1, 0.0]
+    def _scalars(self, batch: int) -> Scalars:
+        """On their way to the device; no wait for it."""
+        cfg, t = self.cfg, self.n_done + 1
+        beta1, beta2 = self.betas
+        l1 = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
+        l0 = (cfg.l0_coefficient or 0.0) * ramp(self.n_done, cfg.l0_warmup_fraction, self.n_steps)
+        values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1 / batch, 0.0, l1, l0, t]
         W = self.sae.W_dec
         host = torch.tensor(values, dtype=W.dtype, pin_memory=W.device.type == "cuda")
-        return host.to(W.device, non_blocking=True)
+        there = host.to(W.device, non_blocking=True)
+        return Scalars(there[:6], there[0], there[6], there[7], there[8])
+
+    def _terms(self, now: Scalars, dead_mask: Tensor | None) -> Terms:
+        cfg = self.cfg
+        return Terms(
+            l1_coefficient=None if cfg.l1_coefficient is None else now.l1,
+            l0_coefficient=None if cfg.l0_coefficient is None else now.l0,
+            target_l0=cfg.target_l0 or 1.0,
+            bandwidth=cfg.bandwidth or 0.0,
+            smooth=cfg.l0_loss == "tanh",
+            auxk_coefficient=cfg.auxk_coefficient,
+            k_aux=cfg.k_aux or 1,
+            dead_mask=dead_mask,
+        )
 
     def dead_mask(self) -> Bool[Tensor, " d_sae"]:
         """Latents that have not fired for `dead_after` activations."""
@@ -191,9 +248,10 @@ class TrainStep:
 
     def _rows(self) -> dict[str, Tensor]:
         """The parameters as the optimizer sees them: W_enc latent-major."""
-        return {p: getattr(self.sae, p).detach() for p in PARAMS} | {"W_enc": self.sae.W_enc.detach().T}
+        rows = {name: p.detach() for name, p in self.sae.named_parameters()}
+        return rows | {"W_enc": rows["W_enc"].T}
 
-    def _update(self, grads: dict[str, Tensor], loss: Tensor) -> Float[Tensor, ""]:
+    def _update(self, grads: dict[str, Tensor], loss: Tensor, now: Scalars) -> Float[Tensor, ""]:
         """Project, clip, Adam, renormalise, in place; the gradient's global norm before clipping.
 
         Nothing moves where the loss or the norm is not finite.
@@ -207,23 +265,26 @@ class TrainStep:
             scale = clip_scale(grad_norm, self.cfg.grad_clip)
         skip = ~(loss.isfinite() & grad_norm.isfinite())
         for name, g in grads.items():
-            self._adam(name, g, scale, skip)
+            self._adam(name, g, scale, skip, now)
         if unit:
             normalise_rows_(W_dec, skip)
         return grad_norm
 
-    def _adam(self, name: str, g: Tensor, scale: Tensor, skip: Tensor) -> None:
+    def _adam(self, name: str, g: Tensor, scale: Tensor, skip: Tensor, now: Scalars) -> None:
+        param = self._rows()[name]
         adam_(
-            self._rows()[name],
+            param,
             g,
             *self.moments[name],
-            step=self.n_done + 1,
-            lr=self.lr,
-            betas=self.cfg.betas,
+            step=now.step,
+            lr=now.lr,
+            betas=self.betas,
             eps=self.cfg.eps,
             grad_scale=scale,
             skip=skip,
         )
+        if name == "threshold":
+            param.clamp_(min=0)  # below 0 it would let negative pre-activations pass
 
 
 def _check_shapes(cfg: SAEConfig, x: Tensor, target: Tensor | None) -> None:

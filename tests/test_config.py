@@ -148,6 +148,11 @@ def test_auto_follows_the_table():
         5.0,
         None,
     )
+    shape = SAEConfig(768, 24, activation="jumprelu")
+    jumprelu = resolved_step(StepConfig(), shape, 1000)
+    assert (shape.decoder_norm, jumprelu.lr, jumprelu.betas) == ("free", 7e-5, (0.0, 0.999))
+    assert (jumprelu.l0_coefficient, jumprelu.target_l0, jumprelu.bandwidth) == (768.0, 24.0, 0.25)
+    assert relu.betas == (0.9, 0.999) and SAEConfig(4, 8).decoder_norm == "unit"
 
 
 def test_default_k_is_no_more_than_there_are_latents():

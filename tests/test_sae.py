@@ -17,7 +17,7 @@ from fastsae.sae import CONFIG_FILE, SAE, WEIGHTS_FILE
 def trained(activation="relu", scale=3.0, **fields):
     """An SAE whose parameters and scale are all away from their start."""
     sae = SAE(
-        SAEConfig(12, 40, activation=activation, **({} if activation == "relu" else {"k": 5}), **fields),
+        SAEConfig(12, 40, activation=activation, **({"k": 5} if "topk" in activation else {}), **fields),
         seed=1,
     )
     gen = torch.Generator().manual_seed(0)
@@ -30,7 +30,7 @@ def trained(activation="relu", scale=3.0, **fields):
     return sae, torch.randn(3, 7, 12, generator=gen)
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
 def test_raw_units_whatever_the_scale(activation, tmp_path):
     """encode, decode and forward equal those of the saved SAE, whose scale is folded."""
     sae, x = trained(activation)
@@ -44,13 +44,13 @@ def test_raw_units_whatever_the_scale(activation, tmp_path):
     pre = by_hand @ sae.W_enc + sae.b_enc
     if activation == "topk":
         pre = torch.where(pre >= pre.topk(5).values[..., -1:], pre, 0)
-    if activation == "batchtopk":
+    if activation in ("batchtopk", "jumprelu"):
         assert 0 < (pre > 2.5).double().mean() < 0.5
         pre = torch.where(pre > 2.5, pre, 0)
     torch.testing.assert_close(sae(x), (pre.relu() @ sae.W_dec + sae.b_dec) / 3)
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
 def test_codes_decode_as_dense(activation):
     sae, x = trained(activation)
     codes, acts = sae.encode_sparse(x), sae.encode(x)

@@ -41,6 +41,11 @@ CASES = {
         {"activation": "batchtopk", "k": 6, "d_out": 20, "apply_b_dec_to_input": False},
         "JumpReLUTranscoder",
     ),
+    "jumprelu": ({"activation": "jumprelu"}, "JumpReLUSAE"),
+    "jumprelu transcoder": (
+        {"activation": "jumprelu", "d_out": 20, "apply_b_dec_to_input": False},
+        "JumpReLUTranscoder",
+    ),
     "heads": ({}, "StandardSAE"),
     "transcoder": ({"d_out": 20, "apply_b_dec_to_input": False}, "Transcoder"),
 }
@@ -71,7 +76,7 @@ def opened(tmp_path_factory):
                 p.add_(0.1 * torch.randn(p.shape, generator=gen))
             sae.scale.fill_(2.5)
             if sae.threshold is not None:
-                sae.threshold.fill_(0.8)
+                sae.threshold.abs_().add_(0.8)
         sae.save(root / case)
     x = torch.randn(50, 32, generator=gen)
     theirs = open_with_saelens([root / case for case in CASES], x, root)

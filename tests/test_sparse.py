@@ -6,47 +6,27 @@ import pytest
 import torch
 
 from fastsae import losses
-from fastsae.config import SAEConfig, StepConfig
+from fastsae.config import StepConfig
+from fastsae.losses import Terms
 from fastsae.optim import lr_factor
-from fastsae.sae import SAE
-from fastsae.step import PARAMS, TrainStep
+from fastsae.step import TrainStep
+from tests.saes import BATCH, D_IN, D_SAE, FIELDS, KINDS, leaves, make_sae, weights
 
-BATCH, D_IN, D_SAE = 37, 24, 61
-AUX = {"auxk_coefficient": 0.3, "k_aux": 5}
-TERMS = {"relu": {"l1_coefficient": 0.5}, "topk": AUX, "batchtopk": AUX}
+WARMUP = {"l1_coefficient": 0.05, "l0_coefficient": 0.3}
+BETAS = {"jumprelu": (0.0, 0.999), "jumprelu, tanh": (0.0, 0.999)}
 
 
-def make(activation, norm="unit", *, d_out=None, apply_b_dec=True, dtype=torch.float32):
-    gen = torch.Generator().manual_seed(3)
-    k = None if activation == "relu" else 7
-    cfg = SAEConfig(
-        D_IN,
-        D_SAE,
-        d_out=d_out,
-        activation=activation,
-        k=k,
-        decoder_norm=norm,
-        apply_b_dec_to_input=apply_b_dec,
-    )
-    sae = SAE(cfg, dtype=torch.float64)
+def make(kind, norm="unit", *, dtype=torch.float32, **fields):
+    sae = make_sae(kind, norm, scale=1.5, **fields)
     with torch.no_grad():
-        for p in sae.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
         sae.b_enc.sub_(1.0)
         sae.b_enc[::4].sub_(3.0)  # at times positive, but seldom among the largest: they are dead soon
-        if norm == "unit":
-            sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
-        sae.scale.fill_(1.5)
     return sae.to(dtype)
 
 
 def batches(n, seed=0, dtype=torch.float32, width=D_IN):
     gen = torch.Generator().manual_seed(seed)
     return [torch.randn(BATCH, width, generator=gen, dtype=torch.float64).to(dtype) for _ in range(n)]
-
-
-def weights(sae):
-    return {p: getattr(sae, p).detach() for p in PARAMS}
 
 
 def assert_same_weights(a, b, **tolerance):
@@ -59,7 +39,7 @@ def assert_same_weights(a, b, **tolerance):
     [
         (activation, norm, *width)
         for activation, norm, width in itertools.product(
-            TERMS, ("unit", "free"), ((None, True), (None, False), (13, False))
+            KINDS, ("unit", "free"), ((None, True), (None, False), (13, False))
         )
     ],
 )
@@ -76,14 +56,14 @@ def test_both_paths_are_one_step_in_fp64(activation, norm, d_out, apply_b_dec, c
             grad_clip=clip,
             lr_warmup_steps=3,
             dead_after=BATCH,
-            **TERMS[activation],
+            **FIELDS[activation],
         )
         step = TrainStep(sae, cfg, 12)
         targets = batches(12, 1, torch.float64, d_out) if d_out else [None] * 12
         for x, target in zip(batches(12, 0, torch.float64), targets, strict=True):
             step(x, target)
         done[path] = sae, step, step.read()
-        assert activation == "relu" or done[path][2]["auxk"] > 0
+        assert "topk" not in activation or done[path][2]["auxk"] > 0
     (dense, dense_step, dense_figures), (sparse, sparse_step, figures) = done.values()
     assert_same_weights(sparse, dense, rtol=1e-9, atol=1e-12)
     assert torch.equal(sparse_step.tokens_since_fired, dense_step.tokens_since_fired)
@@ -94,7 +74,7 @@ def test_both_paths_are_one_step_in_fp64(activation, norm, d_out, apply_b_dec, c
         assert figures[name] == pytest.approx(value, rel=1e-9), name
 
 
-@pytest.mark.parametrize("activation", TERMS)
+@pytest.mark.parametrize("activation", FIELDS)
 @pytest.mark.parametrize("precision, allowed", [("fp64", 1e-6), ("bf16", None)])
 def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed):
     """Loss curves: equal in fp64; in bf16 no further away than the dense path's."""
@@ -102,7 +82,7 @@ def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed
     curves = {}
     for path in ("dense", "sparse"):
         sae = make(activation, dtype=torch.float64 if precision == "fp64" else torch.float32)
-        step = TrainStep(sae, StepConfig(precision=precision, path=path, lr=3e-3, **TERMS[activation]), 200)
+        step = TrainStep(sae, StepConfig(precision=precision, path=path, lr=3e-3, **FIELDS[activation]), 200)
         curves[path] = torch.stack([step(x).loss for x in xs]).double()
     truth = reference_curve(activation, [x.double() for x in xs])
     off = {path: ((curve - truth).abs() / truth).max().item() for path, curve in curves.items()}
@@ -111,12 +91,17 @@ def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed
 
 def reference_curve(activation, xs):
     sae = make(activation, dtype=torch.float64)
-    params = {p: getattr(sae, p).detach().clone().requires_grad_() for p in PARAMS}
-    adam, found = torch.optim.Adam(params.values(), lr=3e-3), []
+    params, fields = leaves(sae), dict(FIELDS[activation])
+    terms = Terms(smooth=fields.pop("l0_loss", None) == "tanh", **fields)
+    adam, found = torch.optim.Adam(params.values(), lr=3e-3, betas=BETAS.get(activation, (0.9, 0.999))), []
     for i, raw in enumerate(xs):
         x = raw * sae.scale
-        l1 = TERMS[activation].get("l1_coefficient", 0.0) * min(i / (0.05 * len(xs)), 1)
-        loss = losses.total(sae.cfg, params, x, x, l1_coefficient=l1)
+        now = {
+            field: getattr(terms, field) * min(i / (share * len(xs)), 1)
+            for field, share in WARMUP.items()
+            if getattr(terms, field) is not None
+        }
+        loss = losses.total(sae.cfg, params, x, x, terms._replace(**now))
         adam.zero_grad()
         loss.backward()
         found.append(loss.detach())
@@ -127,6 +112,8 @@ def reference_curve(activation, xs):
             adam.param_groups[0]["lr"] = 3e-3 * lr_factor(i, 10, 0.2, len(xs))
             adam.step()
             W.div_(W.norm(dim=-1, keepdim=True))
+            if "threshold" in params:
+                params["threshold"].clamp_(min=0)
     return torch.stack(found)
 
 
@@ -164,11 +151,11 @@ def test_bf16_products_read_the_weights_as_they_are():
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
-@pytest.mark.parametrize("activation, norm", itertools.product(TERMS, ("unit", "free")))
+@pytest.mark.parametrize("activation, norm", itertools.product(FIELDS, ("unit", "free")))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_a_loss_that_is_not_finite_moves_nothing(path, activation, norm, bad):
     sae = make(activation, norm)
-    step = TrainStep(sae, StepConfig(path=path, lr=1e-2, **TERMS[activation]))
+    step = TrainStep(sae, StepConfig(path=path, lr=1e-2, **FIELDS[activation]))
     xs = batches(3)
     step(xs[0])
     before = {k: v.clone() for k, v in weights(sae).items()}

@@ -6,59 +6,46 @@ import math
 import pytest
 import torch
 
-from fastsae import activations, losses
+from fastsae import activations, dense, losses
 from fastsae.activations import activate, largest
-from fastsae.config import SAEConfig, StepConfig
+from fastsae.config import OWN_FIELDS, SAEConfig, StepConfig
 from fastsae.dense import gradients
 from fastsae.errors import ConfigError
 from fastsae.init import geometric_median, initialise
+from fastsae.losses import Terms
 from fastsae.optim import lr_factor, ramp
 from fastsae.sae import SAE
-from fastsae.step import PARAMS, TrainStep
+from fastsae.step import TrainStep
+from tests.saes import BATCH, D_IN, D_SAE, FIELDS, leaves, make_sae, weights
 
-BATCH, D_IN, D_SAE = 37, 24, 61
 
-
-def make(
-    activation="relu", norm="unit", *, d_out=None, apply_b_dec=True, dtype=torch.float64, k=7, d_sae=D_SAE
-):
-    gen = torch.Generator().manual_seed(3)
-    cfg = SAEConfig(
-        D_IN,
-        d_sae,
-        d_out=d_out,
-        activation=activation,
-        k=None if activation == "relu" else k,
-        decoder_norm=norm,
-        apply_b_dec_to_input=apply_b_dec,
-    )
-    sae = SAE(cfg, dtype=torch.float64)
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
-        if norm == "unit":
-            sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+def make(kind="relu", norm="unit", *, dtype=torch.float64, d_out=None, **fields):
+    sae = make_sae(kind, norm, dtype=dtype, d_out=d_out, **fields)
+    gen = torch.Generator().manual_seed(4)
     x = torch.randn(BATCH, D_IN, generator=gen, dtype=torch.float64)
     target = torch.randn(BATCH, d_out, generator=gen, dtype=torch.float64) if d_out else x
-    return sae.to(dtype), x.to(dtype), target.to(dtype)
+    return sae, x.to(dtype), target.to(dtype)
 
 
 def autograd(sae, x, target, **terms):
-    params = {p: getattr(sae, p).detach().clone().requires_grad_() for p in PARAMS}
-    loss = losses.total(sae.cfg, params, x, target, **terms)
+    params = leaves(sae)
+    loss = losses.total(sae.cfg, params, x, target, Terms(**terms))
     grads = torch.autograd.grad(loss, list(params.values()))
-    return loss.detach(), dict(zip(PARAMS, grads, strict=True))
+    return loss.detach(), dict(zip(params, grads, strict=True))
 
 
-def by_hand(sae, x, target, **options):
+def by_hand(sae, x, target, *, compute, **terms):
     with torch.no_grad():
-        got = gradients(sae, x, target, **options)
-    return got.out.loss, dict(zip(PARAMS, (got.W_encT.T, *got[1:4]), strict=True))
+        got = gradients(sae, x, target, Terms(**terms), compute)
+    return got.out.loss, got.params | {"W_enc": got.params["W_enc"].T}
 
 
+L0 = {"l0_coefficient": 2.0, "target_l0": 6.0, "bandwidth": 0.4}
 TERMS = {
     "relu": {"l1_coefficient": 0.7},
     "topk": {"auxk_coefficient": 0.4, "k_aux": 5, "dead_mask": torch.arange(D_SAE) % 4 == 0},
+    "jumprelu": L0,
+    "jumprelu, tanh": {**L0, "smooth": True},
 }
 TERMS["batchtopk"] = TERMS["topk"]
 CASES = [
@@ -88,9 +75,12 @@ class Selections:
     """
 
     def __init__(self, monkeypatch):
-        self.seen, self.at = [], None
+        self.seen, self.at, self.masks = [], None, {}
         for home, name in ((activations, "largest"), (losses, "largest"), (activations, "largest_of_batch")):
             monkeypatch.setattr(home, name, self.wrap(getattr(home, name)))
+        for home, name in itertools.product((activations, losses, dense), ("above", "band")):
+            if hasattr(home, name):
+                monkeypatch.setattr(home, name, self.wrap_mask(name, getattr(home, name)))
 
     def wrap(self, select):
         def wrapped(values, *args):
@@ -99,6 +89,14 @@ class Selections:
                 return self.seen[-1]
             self.at += 1
             return self.seen[self.at - 1]
+
+        return wrapped
+
+    def wrap_mask(self, name, compare):
+        def wrapped(*args):
+            if self.at is None:
+                self.masks[name] = compare(*args)
+            return self.masks[name]
 
         return wrapped
 
@@ -120,7 +118,8 @@ def test_gradient_is_as_accurate_as_autograd(activation, norm, d_out, apply_b_de
     sae, x, target = make(activation, norm, d_out=d_out, apply_b_dec=apply_b_dec, dtype=torch.float32)
     terms, selections = TERMS[activation], Selections(monkeypatch)
     loss, grads = by_hand(sae, x, target, compute=compute, **terms)
-    assert len(selections.seen) == (0 if activation == "relu" else 2)
+    assert len(selections.seen) == (2 if "topk" in activation else 0)
+    assert len(selections.masks) == (2 if "jumprelu" in activation else 0)
     selections.replay()
     true_loss, truth = reference(sae, x, target, torch.float64, **terms)
     selections.replay()
@@ -148,7 +147,7 @@ def test_steps_equal_torch_adam(path, activation, norm, clip):
     sae, _, _ = make(activation, norm)
     sae.scale.fill_(1.7)
     n_steps, lr = 12, 0.01
-    config = {"l1_coefficient": 0.5} if activation == "relu" else {"auxk_coefficient": 0.3, "k_aux": 5}
+    config = FIELDS[activation]
     cfg = StepConfig(
         precision="fp64",
         path=path,
@@ -156,11 +155,14 @@ def test_steps_equal_torch_adam(path, activation, norm, clip):
         grad_clip=clip,
         lr_warmup_steps=3,
         l1_warmup_fraction=0.5,
+        l0_warmup_fraction=0.5,
         dead_after=3 * BATCH,
         **config,
     )
-    params = {p: getattr(sae, p).detach().clone().requires_grad_() for p in PARAMS}
-    adam = torch.optim.Adam(params.values(), lr=lr)
+    params = leaves(sae)
+    adam = torch.optim.Adam(
+        params.values(), lr=lr, betas=(0.0, 0.999) if "jump" in activation else (0.9, 0.999)
+    )
     since_fired = torch.zeros(D_SAE, dtype=torch.int64)
     step = TrainStep(sae, cfg, n_steps)
     gen = torch.Generator().manual_seed(0)
@@ -168,17 +170,15 @@ def test_steps_equal_torch_adam(path, activation, norm, clip):
         x = torch.randn(BATCH, D_IN, generator=gen, dtype=torch.float64)
         step(x)
         scaled = 1.7 * x
-        terms = {
-            "l1_coefficient": config.get("l1_coefficient", 0.0) * min(t / (0.5 * n_steps), 1),
-            "auxk_coefficient": config.get("auxk_coefficient", 0.0),
-            "k_aux": 5,
-            "dead_mask": since_fired >= 3 * BATCH,
-        }
+        terms = {"dead_mask": since_fired >= 3 * BATCH, "smooth": "tanh" in activation}
+        terms |= {name: value for name, value in config.items() if name != "l0_loss"}
+        for name in {"l1_coefficient", "l0_coefficient"} & set(terms):
+            terms[name] *= min(t / (0.5 * n_steps), 1)
         adam.zero_grad()
-        losses.total(sae.cfg, params, scaled, scaled, **terms).backward()
+        losses.total(sae.cfg, params, scaled, scaled, Terms(**terms)).backward()
         with torch.no_grad():
             pre_acts = (scaled - params["b_dec"]) @ params["W_enc"] + params["b_enc"]
-            fired = (activate(pre_acts, sae.cfg) > 0).any(0)
+            fired = (activate(pre_acts, sae.cfg, params.get("threshold")) > 0).any(0)
             since_fired = torch.where(fired, 0, since_fired + BATCH)
             W, g = params["W_dec"], params["W_dec"].grad
             if norm == "unit":
@@ -189,8 +189,10 @@ def test_steps_equal_torch_adam(path, activation, norm, clip):
             adam.step()
             if norm == "unit":
                 W.div_(W.norm(dim=1, keepdim=True))
-    for p in PARAMS:
-        torch.testing.assert_close(getattr(sae, p).detach(), params[p].detach(), rtol=1e-8, atol=1e-10)
+            if "threshold" in params:
+                params["threshold"].clamp_(min=0)
+    for name, w in weights(sae).items():
+        torch.testing.assert_close(w, params[name].detach(), rtol=1e-8, atol=1e-10)
     assert torch.equal(step.tokens_since_fired, since_fired)
 
 
@@ -259,7 +261,13 @@ def test_state_round_trip_continues_bit_for_bit():
 
 @pytest.mark.parametrize(
     "activation, field",
-    [("relu", {"k_aux": 3}), ("relu", {"auxk_coefficient": 0.1}), ("topk", {"l1_coefficient": 1.0})],
+    [
+        ("relu", {"k_aux": 3}),
+        ("relu", {"auxk_coefficient": 0.1}),
+        ("topk", {"l1_coefficient": 1.0}),
+        ("batchtopk", {"target_l0": 20.0}),
+        ("jumprelu", {"l1_coefficient": 1.0}),
+    ],
 )
 def test_a_field_of_another_activation_is_refused_by_name(activation, field):
     sae, _, _ = make(activation, dtype=torch.float32)
@@ -303,11 +311,11 @@ def test_geometric_median_ignores_an_outlier():
     )
 
 
-@pytest.mark.parametrize("activation", TERMS)
+@pytest.mark.parametrize("activation", OWN_FIELDS)
 def test_initialise_sets_scale_median_and_first_norm(activation):
     gen = torch.Generator().manual_seed(0)
     raw = 40 * (torch.randn(3000, D_IN, generator=gen) + 1)
-    sae = SAE(SAEConfig(D_IN, 128, activation=activation, k=None if activation == "relu" else 16))
+    sae = SAE(SAEConfig(D_IN, 128, activation=activation, k=16 if "topk" in activation else None))
     initialise(sae, lambda: raw.split(1000))
     scaled = raw * sae.scale
     assert scaled.norm(dim=1).mean().item() == pytest.approx(D_IN**0.5, rel=1e-4)

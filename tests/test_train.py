@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import fastsae
 from fastsae.checkpoint import checkpoints
+from fastsae.config import OWN_FIELDS
 from fastsae.configfile import load_config
 from fastsae.evaluate import evaluate
 from fastsae.harvest import Harvester
@@ -402,12 +403,13 @@ def synthetic(n_batches, *, d_in=32, n_features=64, l0=3, seed=0):
     return truth, batches()
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
+@pytest.mark.parametrize("activation", OWN_FIELDS)
 def test_a_known_dictionary_is_recovered(activation, tmp_path):
     truth, batches = synthetic(401)
     fresh = next(batches)
-    extra = {} if activation == "relu" else {"activation": activation, "k": 4}
-    step = {"batch_size": 512, "lr": 4e-3, **({"l1_coefficient": 1.5} if activation == "relu" else {})}
+    extra = {"activation": activation, **({"k": 4} if "topk" in activation else {})}
+    own = {"relu": {"l1_coefficient": 1.5}, "jumprelu": {"target_l0": 4.0}}
+    step = {"batch_size": 512, "lr": 4e-3, **own.get(activation, {})}
     run = load_config(
         None,
         {
@@ -424,7 +426,7 @@ def test_a_known_dictionary_is_recovered(activation, tmp_path):
     cosines = truth @ (W_dec / W_dec.norm(dim=1, keepdim=True)).T
     found = (cosines.max(1).values > 0.9).float().mean().item()
     assert found > 0.9, found
-    if activation == "batchtopk":  # what is selected one input at a time is as many as in a batch
+    if activation in ("batchtopk", "jumprelu"):  # on average as many as asked for, one input at a time
         l0 = (fastsae.load(result.run_dir).encode(fresh) > 0).sum(1).double().mean().item()
         assert 3 < l0 < 5, l0
 

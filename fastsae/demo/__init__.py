@@ -13,5 +13,6 @@ MODEL_DIR: Path = Path(__file__).parent / "model"
 
 
 def config_path(activation: str) -> Path:
-    """The run that `fastsae train` does without a config: a TOML file beside this one, for relu and for topk."""
-    return Path(__file__).parent / ("topk.toml" if activation == "topk" else "relu.toml")
+    """The run that `fastsae train` does without a config: a TOML file beside this one."""
+    names = {"topk": "topk", "batchtopk": "topk", "jumprelu": "jumprelu"}
+    return Path(__file__).parent / f"{names.get(activation, 'relu')}.toml"

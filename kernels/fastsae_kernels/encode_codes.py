@@ -84,6 +84,7 @@ def _encode_codes(
     b_dec: Tensor | None,
     k: int | None,
     threshold: Tensor | None,
+    bandwidth: float,
     width: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_bytes = W_enc.shape[1] * W_enc.element_size()
@@ -93,7 +94,11 @@ def _encode_codes(
         if k is not None:
             parts.append(select_topk(pre_acts, k, group_max))
         else:
-            parts.append(select_threshold(pre_acts, group_max, width=width, n_tail=None, threshold=threshold))
+            parts.append(
+                select_threshold(
+                    pre_acts, group_max, width=width, n_tail=None, threshold=threshold, bandwidth=bandwidth
+                )
+            )
     return _joined(parts, width)
 
 
@@ -105,6 +110,7 @@ def _(
     b_dec: Tensor | None,
     k: int | None,
     threshold: Tensor | None,
+    bandwidth: float,
     width: int | None,
 ) -> Outputs:
     like = W_enc.new_empty(x.shape[0], 1)
@@ -128,7 +134,7 @@ def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     g_b_dec = None
     if b_dec is not None and ctx.needs_input_grad[3]:
         g_b_dec = -(W_enc.to(g_b_enc.dtype) @ g_b_enc).to(b_dec.dtype)
-    return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None
+    return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None, None
 
 
 differentiable(_encode_codes, _backward, _save)
@@ -142,6 +148,7 @@ def encode_codes(
     *,
     k: int | None = None,
     threshold: Tensor | None = None,
+    bandwidth: float = 0.0,
     width: int | None = 64,
 ) -> Codes:
     """Codes of x: TopK where k is given, else JumpReLU where threshold is, else ReLU. Differentiable, sparsely.
@@ -150,7 +157,7 @@ def encode_codes(
         x: [batch, d_in], any float dtype.
         W_enc, b_enc, b_dec: as for `encode`.
         k: latents per row; only positive ones are taken.
-        threshold: [d_sae], active iff pre_acts > threshold. Gets no gradient here.
+        threshold, bandwidth: as for `select_threshold`; the threshold gets no gradient here.
         width: slots per row where k is not given; rows with more active latents continue in the tail, whose size is
             taken from the device. None: as many as the fullest row has, and no tail. TopK does not wait.
     Returns:
@@ -165,5 +172,5 @@ def encode_codes(
     if k is not None and not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"k is {k}, but must be at least 1 and at most d_sae, {W_enc.shape[1]}")
     threshold = None if threshold is None else threshold.detach()
-    indices, values, counts, starts = _encode_codes(x, W_enc, b_enc, b_dec, k, threshold, width)
+    indices, values, counts, starts = _encode_codes(x, W_enc, b_enc, b_dec, k, threshold, bandwidth, width)
     return Codes(indices, values, counts, starts if k is None and has_tail(width, None) else None)

@@ -1,9 +1,10 @@
-"""Compile every kernel as it would run on a GPU that is not there: `python -m tests.kernels.compiled [--write]`.
+"""Compile every kernel as it would run on a GPU that is not there: `python -m tests.kernels.compiled [--sample | --write]`.
 
 Each launcher runs at a few realistic shapes on "meta" tensors, which have no data: reading a value of one raises, so a
 launcher that waited for the device would show here too. What it would have launched is compiled for each GPU with the
 types and divisibilities that Triton's JIT would have seen, and the cubin is read with the wheel's own cuobjdump.
-Prints JSON; --write puts it into kernels/registers.json, which test_compiled.py holds the code to.
+Prints JSON; --write puts it into kernels/registers.json, which test_compiled.py holds the code to, by a sample of it that has
+every kernel and GPU.
 TRITON_INTERPRET must be unset, so it is a process of its own.
 """
 
@@ -66,6 +67,14 @@ GPUS: dict[Capability, tuple[str, ...]] = {
     (8, 0): tuple(SHAPES),
     (8, 6): tuple(SHAPES),
     (8, 9): ("d768", "d769"),  # has 8.6's configs
+    (9, 0): tuple(SHAPES),
+}
+
+
+SAMPLE: dict[Capability, tuple[str, ...]] = {
+    (8, 0): ("d768", "d2304", "d16384"),
+    (8, 6): ("d768",),
+    (8, 9): ("d768",),
     (9, 0): tuple(SHAPES),
 }
 
@@ -261,8 +270,16 @@ def _measure(build: Build) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 
-def table() -> dict[str, Any]:
-    named = builds()
+def sampled(name: str) -> bool:
+    """Whether a row of the table is one of SAMPLE."""
+    _, gpu, shape = name.split(", ")[:3]
+    return shape in {
+        s for capability, shapes in SAMPLE.items() if gpu == "sm_{}{}".format(*capability) for s in shapes
+    }
+
+
+def table(sample: bool) -> dict[str, Any]:
+    named = {build: name for build, name in builds().items() if not sample or sampled(name)}
     with (
         tempfile.TemporaryDirectory() as cache,
         # the workers inherit it: a cubin of an earlier run would hide a kernel that no longer compiles
@@ -288,12 +305,16 @@ class _environment:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"put it into {TABLE.name}, by triton's version")
-    write = parser.parse_args().write
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--sample", action="store_true", help="compile every kernel and GPU, but not at every shape"
+    )
+    how.add_argument("--write", action="store_true", help=f"put it into {TABLE.name}, by triton's version")
+    arguments = parser.parse_args()
     if INTERPRET:
         sys.exit("TRITON_INTERPRET is set: unset it, since interpreted kernels have no code")
-    found = table()
-    if not write:
+    found = table(arguments.sample)
+    if not arguments.write:
         print(json.dumps(found))
         return
     tables = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}

@@ -8,6 +8,7 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import to_dense
 from fastsae_kernels.decode import decode
+from fastsae_kernels.encode import encode
 from fastsae_kernels.encode_codes import encode_codes, encode_codes_ref
 from fastsae_kernels.testing import assert_as_accurate, error, run
 from tests.kernels.forms import FORMS
@@ -51,6 +52,23 @@ def test_values_and_gradients(batch, d_in, d_sae, backend, dtype, kind, device, 
             lambda *a: encode_codes_ref(*a, selected),
             inputs,
         )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("width", [3, None])
+def test_the_band_gets_slots_of_value_0_and_no_gradient(width, backend, device):
+    x, W_enc, b_enc, b_dec = make(17, 9, 97, torch.float32, device)
+    threshold = torch.linspace(0.5, 1.5, 97, device=device)
+    leaf = b_enc.clone().requires_grad_()
+    with use_backend(backend):
+        codes = encode_codes(x, W_enc, leaf, b_dec, threshold=threshold, bandwidth=2.0, width=width)
+        codes.values.sum().backward()
+        pre_acts, _ = encode(x - b_dec, W_enc, b_enc)
+    assert torch.equal(codes.counts, (pre_acts > threshold - 1).sum(1).int())
+    active = pre_acts > threshold
+    torch.testing.assert_close(to_dense(codes, 97), pre_acts * active)
+    assert (codes.counts > active.sum(1)).all()
+    torch.testing.assert_close(leaf.grad, active.sum(0).float())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -35,7 +35,7 @@ def topk(
 ) -> Float[Tensor, "*batch d_sae"]:
     """The cfg.k largest latents of each row are active where positive; ties go to the smallest index."""
     assert cfg.k is not None
-    return pre_acts.relu() * largest(pre_acts, cfg.k)
+    return _chosen(pre_acts, largest(pre_acts, cfg.k))
 
 
 def batchtopk(
@@ -43,7 +43,7 @@ def batchtopk(
 ) -> Float[Tensor, "batch d_sae"]:
     """The batch * cfg.k largest latents of the batch are active where positive; ties go to the smallest (row, latent)."""
     assert cfg.k is not None
-    return pre_acts.relu() * largest_of_batch(pre_acts, cfg.k)
+    return _chosen(pre_acts, largest_of_batch(pre_acts, cfg.k))
 
 
 def jumprelu(
@@ -77,18 +77,33 @@ def activate(
     return ACTIVATIONS[cfg.activation](pre_acts, cfg, threshold)
 
 
+def _chosen(
+    pre_acts: Float[Tensor, "*batch d_sae"], mask: Float[Tensor, "*batch d_sae"]
+) -> Float[Tensor, "*batch d_sae"]:
+    """pre_acts where the mask is 1, 0 elsewhere; in the mask's memory where nothing is to be differentiated."""
+    return pre_acts.relu() * mask if torch.is_grad_enabled() else where_active(pre_acts, mask, out=mask)
+
+
 def smallest_active(acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
     """The smallest positive latent of the batch; 0 where none is."""
-    level = torch.where(acts > 0, acts, torch.inf).amin()
+    level = torch.nn.functional.threshold(acts, 0, torch.inf).amin()
     return torch.where(level.isinf(), 0, level)
 
 
+def times_active_(acts: Float[Tensor, "batch d_sae"], dtype: torch.dtype) -> Float[Tensor, " d_sae"]:
+    """How often each latent is active. acts are overwritten: fresh memory would cost several times as much."""
+    return acts.sign_().sum(0, dtype=dtype)
+
+
 def where_active(
-    g: Float[Tensor, "*batch d_sae"], acts: Float[Tensor, "*batch d_sae"]
+    g: Float[Tensor, "*batch d_sae"], acts: Float[Tensor, "*batch d_sae"], out: Tensor | None = None
 ) -> Float[Tensor, "*batch d_sae"]:
-    """g where acts > 0, else 0: one pass over both (torch.where takes 25 times as long on a CPU)."""
-    masked: Tensor = torch.ops.aten.threshold_backward(g, acts, 0)
-    return masked
+    """g where acts > 0, else 0: one pass over both (torch.where takes 25 times as long on a CPU). out may be one of them."""
+    if out is None:
+        masked: Tensor = torch.ops.aten.threshold_backward(g, acts, 0)
+        return masked
+    torch.ops.aten.threshold_backward.grad_input(g, acts, 0, grad_input=out)
+    return out
 
 
 def has_sparse_ops(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.activations import activate, smallest_active, where_active
+from fastsae.activations import activate, smallest_active, times_active_, where_active
 from fastsae.counters import StepOutput
 from fastsae.losses import Terms, aux_acts, aux_weight, band, l0, l0_slope, smooth_count
 from fastsae.sae import SAE
@@ -46,7 +46,11 @@ def gradients(
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(compute)
     pre_acts = torch.addmm(sae.b_enc.to(compute), centred, W_enc)
     acts = activate(pre_acts, cfg, sae.threshold)
+    with_auxk = terms.auxk_coefficient is not None and terms.dead_mask is not None
+    if not with_auxk and cfg.activation != "jumprelu":
+        del pre_acts  # two tensors of [batch, d_sae] are enough
 
+    level = smallest_active(acts) if cfg.activation == "batchtopk" else None
     error = (acts @ W_dec).to(acc) + sae.b_dec - target
     g = error * (2 / batch)
     g_c = g.to(compute)
@@ -63,15 +67,23 @@ def gradients(
     l0_loss = auxk = torch.zeros_like(mse)
     if terms.l0_coefficient is not None:
         l0_loss = _l0_term(sae, pre_acts, acts, g_acts, norms, grads, terms)
-    g_pre = where_active(g_acts, acts)
+    g_pre = where_active(g_acts, acts, out=g_acts)
+    times = times_active_(acts, acc)
+    del acts
+    l0_now = n_codes = times.sum() / batch
+    if cfg.activation == "jumprelu":
+        assert sae.threshold is not None
+        n_codes = pre_acts.gt_(sae.threshold - terms.bandwidth / 2).sum(dtype=acc) / batch
 
-    if terms.auxk_coefficient is not None and terms.dead_mask is not None:
+    if with_auxk:
+        assert terms.auxk_coefficient is not None and terms.dead_mask is not None
         dead_acts, residual = aux_acts(pre_acts, terms.dead_mask, terms.k_aux), -error
         weight = aux_weight(residual, terms.dead_mask, terms.k_aux)
         error_aux = (dead_acts @ W_dec).to(acc) - residual
         auxk = weight * error_aux.square().sum() / batch
         g_aux = (error_aux * (2 * terms.auxk_coefficient / batch * weight)).to(compute)
-        g_pre += where_active(g_aux @ W_dec.T, dead_acts)
+        g_dead = g_aux @ W_dec.T
+        g_pre += where_active(g_dead, dead_acts, out=g_dead)
         grads["W_dec"] += (dead_acts.T @ g_aux).to(acc)
 
     grads["b_enc"] = g_pre.sum(0, dtype=acc)
@@ -79,13 +91,8 @@ def gradients(
     if cfg.apply_b_dec_to_input:
         grads["b_dec"] = grads["b_dec"] - sae.W_enc @ grads["b_enc"]
     grads["W_enc"] = (g_pre.T @ centred).to(acc)
-    out = StepOutput.of(mse, l1, l0_loss, auxk, acts.count_nonzero().to(acc) / batch, terms)
-    level = smallest_active(acts) if cfg.activation == "batchtopk" else None
-    n_codes = out.l0
-    if cfg.activation == "jumprelu":
-        assert sae.threshold is not None
-        n_codes = (pre_acts > sae.threshold - terms.bandwidth / 2).sum() / batch
-    return Gradients(grads, out, acts.amax(0) > 0, level, n_codes)
+    out = StepOutput.of(mse, l1, l0_loss, auxk, l0_now, terms)
+    return Gradients(grads, out, times > 0, level, n_codes)
 
 
 def _l0_term(
@@ -100,20 +107,23 @@ def _l0_term(
     """jumprelu's L0 loss before its coefficient. Adds its gradients to g_acts and grads, and the threshold's to the latter."""
     assert sae.threshold is not None
     batch, acc, free = len(acts), sae.b_enc.dtype, sae.cfg.decoder_norm == "free"
-    in_band = band(pre_acts, sae.threshold, terms.bandwidth)
     if terms.smooth:
         counted, bend = smooth_count(acts, norms.to(acts.dtype))
     else:
-        counted = acts > 0
+        counted = acts.sign()
     count = counted.sum(dtype=acc) / batch
+    del counted
     slope = l0_slope(count, terms) / batch
     if terms.smooth:
         bend *= slope
         if free:
             grads["W_dec"] += ((bend * acts).sum(0, dtype=acc) / norms.clamp(min=TINY))[:, None] * sae.W_dec
         g_acts += bend.mul_(norms)
-    at_threshold = sae.threshold * where_active(g_acts, in_band.to(g_acts.dtype)).sum(0, dtype=acc)
+        del bend
+    in_band = band(pre_acts, sae.threshold, terms.bandwidth).to(g_acts.dtype)
+    n_in_band = in_band.sum(0, dtype=acc)
+    at_threshold = sae.threshold * where_active(g_acts, in_band, out=in_band).sum(0, dtype=acc)
     if not terms.smooth:
-        at_threshold = at_threshold + slope * in_band.sum(0)
+        at_threshold = at_threshold + slope * n_in_band
     grads["threshold"] = at_threshold / -terms.bandwidth
     return l0(count, terms.target_l0)

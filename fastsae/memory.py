@@ -1,46 +1,123 @@
 """What a run will take of the training device's memory, predicted before it starts."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
-from fastsae.config import RunConfig, SAEConfig
+from fastsae.config import RunConfig, SAEConfig, StepConfig
 from fastsae.errors import ConfigError, first_line
 from fastsae.ring import rows_held
+
+# On the dense path, tensors of [batch, d_sae] that live at once; AuxK adds to them. A bool counts a quarter.
+DENSE = {"relu": 2.0, "topk": 2.0, "batchtopk": 2.0, "jumprelu": 4.25}
+AUXK = 2.5
+CODE_BYTES = (
+    44  # on the sparse path: index and value, and what the selection and the transposition hold on the way
+)
+GROUPS_PER_CODE = 1.2  # groups of latents that a selection reads, before some coincide
 
 
 def predict(
     config: RunConfig,
     widths: Mapping[str, int],
     shapes: Mapping[str, SAEConfig],
+    steps: Mapping[str, StepConfig],
     ring_dtype: torch.dtype,
     max_write: int,
+    device_type: str,
 ) -> dict[str, int]:
     """Bytes per part, without the source model, its forward and the framework's own.
 
-    ring: `capacity`, one forward less a row, and a batch, in rows of every hook point. saes: four
-    copies of the parameters (weights, two moments, gradient). step: the largest SAE's temporaries on the
-    dense path: pre_acts, acts, the gradient, two masks, and two more pre_acts-sized ones while topk selects.
+    ring: `capacity`, one forward less a row, and a batch, in rows of every hook point. saes: weights and two moments, and for
+    bf16 the copies that the products read. step: what the hungriest SAE's step holds beside them.
     """
     batch = min(config.step.batch_size, config.n_tokens)
     slots, carry = rows_held(config.ring.capacity, config.n_tokens, max_write)
     row_bytes = sum(widths.values()) * ring_dtype.itemsize
-    sizes = [n_parameters(shape) for shape in shapes.values()]
-    element = 2 if config.step.precision == "bf16" else 4
-    step = max(
-        batch * shape.d_sae * (3 * element + 2 + (8 + element if shape.k is not None else 0))
-        + 4 * batch * max(shape.d_in, shape.d_out or 0) * 4
-        for shape in shapes.values()
+    return {
+        "ring": (slots + carry + batch) * row_bytes,
+        "saes": sum(sae_bytes(shape, steps[key]) for key, shape in shapes.items()),
+        "step": max(step_bytes(shape, steps[key], batch, device_type) for key, shape in shapes.items()),
+    }
+
+
+def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:
+    """Weights, both moments, and a bf16 copy of the matrices where the products read one."""
+    copies = 2 if step.precision == "bf16" and step.path != "dense" else 0
+    element = 8 if step.precision == "fp64" else 4
+    return 3 * element * n_parameters(shape) + copies * shape.d_sae * (
+        shape.d_in + (shape.d_out or shape.d_in)
     )
-    return {"ring": (slots + carry + batch) * row_bytes, "saes": 4 * 4 * sum(sizes), "step": step}
+
+
+def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
+    """The most that a step holds beside weights and moments, on the hungrier of the paths that it may take.
+
+    On the sparse path of relu and jumprelu for as many codes as let "auto" take it. AuxK is in it from the start.
+    """
+    assert step.crossover != "auto"
+    n_codes = shape.k or max(round(step.crossover * shape.d_sae), 1)
+    auto_is_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae
+    paths = ("dense", "sparse") if step.path == "auto" and not auto_is_sparse else (step.path,)
+    if step.path == "auto" and auto_is_sparse:
+        paths = ("sparse",)
+    return max(
+        dense_bytes(shape, step, batch)
+        if path == "dense"
+        else sparse_bytes(shape, step, batch, n_codes=n_codes, device_type=device_type)
+        for path in paths
+    )
+
+
+def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
+    """pre_acts and acts, then acts and their gradient, beside the first weight gradient; or all gradients as they are projected."""
+    n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
+    half, element = step.precision == "bf16", 8 if step.precision == "fp64" else 4
+    compute = 2 if half else element
+    wide = DENSE[shape.activation] + (AUXK if step.auxk_coefficient else 0)
+    rows = batch * (2 * d_in + 3 * d_out) * element
+    casts = n * (d_in + 2 * d_out) * 2 if half else 0
+    gradients = n * (d_in + d_out) * element
+    within = wide * batch * n * compute + rows + n * d_out * element + casts
+    return round(max(within, gradients + n * d_out * element))
+
+
+def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int, device_type: str) -> int:
+    """A chunk of pre_acts (for batchtopk all of them), with the groups of latents that the selection reads; or what W_dec's gather makes.
+
+    AuxK writes its gradients out, and selects k_aux more.
+    """
+    from fastsae_kernels.encode import CHUNK_ROWS, GROUP, has_fast_products  # load triton: not at the top
+    from fastsae_kernels.encode_codes import chunk_rows
+
+    n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
+    half, element = step.precision == "bf16", 8 if step.precision == "fp64" else 4
+    compute = 2 if half else element
+    chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
+    rows, auxk = batch * 2 * d_in * element, 0
+    decode = batch * (3 * d_out * element + n_codes * CODE_BYTES)
+    if step.auxk_coefficient and step.k_aux:
+        rows += decode
+        auxk = n * (d_in + d_out) * element + batch * (step.k_aux * CODE_BYTES + 2 * d_out * element)
+        n_codes = max(n_codes, step.k_aux)
+    n_groups = -(-n // GROUP)
+    groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
+    select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * CODE_BYTES)
+    wide = chunk * (n + n_groups) * compute
+    if half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16)):
+        wide += n * d_in * 4
+        select = max(select, min(chunk, CHUNK_ROWS) * n * 4)
+    return round(rows + max(wide + select, decode, auxk))
 
 
 def n_parameters(shape: SAEConfig) -> int:
-    """Numbers in W_enc, b_enc, W_dec and b_dec."""
+    """Numbers in W_enc, b_enc, W_dec, b_dec and thresholds."""
     d_out = shape.d_out or shape.d_in
-    return shape.d_sae * (shape.d_in + d_out + 1) + d_out
+    thresholds = shape.d_sae if shape.activation == "jumprelu" else 0
+    return shape.d_sae * (shape.d_in + d_out + 1) + d_out + thresholds
 
 
 def text(n_bytes: int) -> str:

@@ -112,7 +112,7 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
                 saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)
     initial = _initial(saes, config.init_from) if config.init_from is not None else {}
     shapes = {key: sae.cfg for key, sae in saes.items()}
-    mem_bytes = memory.predict(config, widths, shapes, ring_dtype, max_write)
+    mem_bytes = memory.predict(config, widths, shapes, steps, ring_dtype, max_write, device.type)
     built = islice(
         zip(shapes.values(), steps.values(), strict=True), len(config.variants())
     )  # the first hook's

@@ -102,7 +102,7 @@ def test_dry_run_checks_prints_and_writes_nothing(run, tmp_path):
     shown = json.loads(out.splitlines()[-1])
     row = 16 * 4
     assert shown["mem_bytes"]["ring"] == (1200 + 4 * 16 - 1 + 128) * row
-    assert shown["mem_bytes"]["saes"] == 4 * 4 * (48 * 33 + 16)
+    assert shown["mem_bytes"]["saes"] == 3 * 4 * (48 * 33 + 16)
 
 
 def test_info(monkeypatch, capfd, run, tmp_path):

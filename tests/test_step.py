@@ -86,7 +86,7 @@ class Selections:
         def wrapped(values, *args):
             if self.at is None:
                 self.seen.append(select(values, *args))
-                return self.seen[-1]
+                return self.seen[-1].clone()  # the step may write there
             self.at += 1
             return self.seen[self.at - 1]
 

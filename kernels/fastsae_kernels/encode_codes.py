@@ -30,6 +30,11 @@ CHUNK_BYTES = {
 LEAST_ROWS = 256  # fewer make the product slow
 
 
+def chunk_rows(row_bytes: int, device_type: str) -> int:
+    """Rows of pre_acts that are made at once."""
+    return max(CHUNK_BYTES.get(device_type, 2**28) // row_bytes, LEAST_ROWS)
+
+
 def encode_codes_ref(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, selected: Tensor
 ) -> Tensor:
@@ -87,8 +92,7 @@ def _encode_codes(
     bandwidth: float,
     width: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_bytes = W_enc.shape[1] * W_enc.element_size()
-    step = max(CHUNK_BYTES.get(x.device.type, 2**28) // row_bytes, LEAST_ROWS)
+    step = chunk_rows(W_enc.shape[1] * W_enc.element_size(), x.device.type)
     parts = []
     for pre_acts, group_max in _encoded(x if b_dec is None else x - b_dec, W_enc, b_enc, step):
         if k is not None:

@@ -1,0 +1,74 @@
+"""The predicted memory of a step against what it holds: live storages on a CPU."""
+
+import importlib
+
+import pytest
+import torch
+
+from fastsae import memory
+from fastsae.config import SAEConfig, StepConfig
+from fastsae.sae import SAE
+from fastsae.step import TrainStep
+from tests.live_bytes import LiveBytes
+
+# batch, d_in, d_sae, codes per input
+SHAPES = [(1024, 64, 2048, 16), (512, 256, 1024, 8), (1024, 384, 2048, 8)]
+
+
+def measured(activation, path, precision, batch, d_in, d_sae, k, **fields):
+    """Peak of a step beside weights, moments and their copies; the step, and the prediction."""
+    shape = SAEConfig(d_in, d_sae, activation=activation, **({"k": k} if "topk" in activation else {}))
+    sae, x = SAE(shape), torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        level = sae.pre_acts(x[:256]).flatten().sort(descending=True).values[256 * k]
+        if activation == "relu":
+            sae.b_enc.fill_(-level)
+        if activation == "jumprelu":
+            sae.threshold.fill_(level)
+    cfg = StepConfig(path=path, lr=1e-9, precision=precision, crossover=k / d_sae, **fields)
+    step = TrainStep(sae, cfg)
+    step(x)
+    copies = step._shadows._copies.values() if step._shadows is not None else ()
+    with LiveBytes(
+        x, *sae.parameters(), *copies, *(m for pair in step.moments.values() for m in pair)
+    ) as live:
+        step(x)
+    return live, step, memory.step_bytes(shape, step.cfg, batch, "cpu")
+
+
+@pytest.mark.parametrize("batch, d_in, d_sae, k", SHAPES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_the_peak_is_within_a_tenth_of_its_prediction(activation, path, precision, batch, d_in, d_sae, k):
+    """Without AuxK. Of the step and the SAE together, which is what `fastsae info` adds up."""
+    fields = {"auxk_coefficient": 0.0} if "topk" in activation else {}
+    if activation == "jumprelu":
+        fields = {"bandwidth": 1e-6}  # no codes below the threshold
+    live, step, predicted = measured(activation, path, precision, batch, d_in, d_sae, k, **fields)
+    saes = memory.sae_bytes(step.sae.cfg, step.cfg)
+    assert saes + live.peak == pytest.approx(saes + predicted, rel=0.1), (live.at_peak, live.peak, predicted)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_with_dead_latents_it_is_no_more(path):
+    _, step, _ = measured("topk", path, "fp32", *SHAPES[0])
+    step.tokens_since_fired[:200] = step.cfg.dead_after
+    step._none_dead_before = 0
+    with LiveBytes(*step.sae.parameters()) as live:
+        step(torch.randn(1024, 64, generator=torch.Generator().manual_seed(0)))
+    assert step.read()["auxk"] > 0
+    predicted = memory.step_bytes(step.sae.cfg, step.cfg, 1024, "cpu")
+    assert 0.5 * predicted < live.peak <= predicted, (live.at_peak, live.peak, predicted)
+
+
+def test_a_sparse_step_holds_no_more_than_a_chunk_of_pre_acts(monkeypatch):
+    """Whatever the batch: the rest grows with d_in and the codes."""
+    module = importlib.import_module("fastsae_kernels.encode_codes")
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 256 * 2048 * 4)
+    fields = {"auxk_coefficient": 0.0}
+    small, _, predicted = measured("topk", "sparse", "fp32", 256, 32, 2048, 4, **fields)
+    large, _, also = measured("topk", "sparse", "fp32", 4096, 32, 2048, 4, **fields)
+    grown = (4096 - 256) * (2 * 32 * 4 + 4 * memory.CODE_BYTES)
+    assert large.peak - small.peak <= grown < 0.1 * 4096 * 2048 * 4
+    assert also - predicted <= grown

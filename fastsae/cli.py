@@ -156,9 +156,9 @@ def eval_(
 def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     """Versions, device and backend; with a config, the memory that its run will take."""
     from fastsae.prepare import pick_device, prepare
-    from fastsae.report import device_name, info_table, memory_table, versions
+    from fastsae.report import backend_name, device_name, info_table, memory_table, versions
 
-    facts = {**versions(), "device": device_name(pick_device("auto")), "step": "dense, PyTorch ops"}
+    facts = {**versions(), "device": device_name(pick_device("auto")), "backend": backend_name()}
     mem_bytes = None
     if config is not None:
         unnamed = load_config(config, merged({}, set_)).model_copy(update={"name": None})  # it is no new run

@@ -169,13 +169,16 @@ class StepConfig(Section):
     path: Literal["auto", "dense", "sparse"] = "auto"
     """How the step is computed, with the same numbers; "auto" is sparse where few latents are active."""
     crossover: Literal["auto"] | Share = "auto"
-    """Share of active latents up to which path "auto" is sparse; "auto" is 1/16 on a CPU, 1/100 on a GPU."""
+    """Share of active latents up to which path "auto" is sparse; "auto" is measured once per machine (by TrainStep alone: 1/16 on a
+    CPU, 1/100 on a GPU)."""
     lr: Literal["auto"] | PositiveFloat = "auto"
     """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 7e-5 for jumprelu, else 2e-4 / sqrt(d_sae / 2^14)."""
     betas: Literal["auto"] | tuple[Beta, Beta] = "auto"
     """Decay of Adam's first and second moment; "auto": 0.9 and 0.999, for jumprelu 0 and 0.999."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
+    first_moment: Literal["full", "bf16"] = "full"
+    """Data type of Adam's first moment of the two matrices: theirs, or bfloat16, for 2 bytes less per weight."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; none where a file says false."""
     lr_warmup_steps: Literal["auto"] | NonNegativeInt = "auto"

@@ -23,10 +23,11 @@ def adam_(
     Args: step counts from 1; it and lr are scalars on the device, so that a captured step follows its schedules; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves. grad is overwritten.
     """
     grad.mul_(grad_scale)
+    wide = m.to(param.dtype)  # itself, unless it is kept in bf16
     torch._fused_adam_(
         [param],
         [grad],
-        [m],
+        [wide],
         [v],
         [],
         [step.float()],
@@ -39,6 +40,8 @@ def adam_(
         maximize=False,
         found_inf=None if skip is None else skip.float(),
     )
+    if wide is not m:
+        m.copy_(wide)
 
 
 def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:

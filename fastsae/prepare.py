@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae import memory
+from fastsae.calibrate import crossover
 from fastsae.checkpoint import load_all
 from fastsae.config import RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
 from fastsae.errors import ConfigError, DataError, RunError, first_line
@@ -106,6 +107,8 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
         for name, section, step in config.variants():
             key = f"{hook}/{name}" if name else hook
             shape = SAEConfig(width, **section.model_dump())
+            if step.path == "auto" and step.crossover == "auto":
+                step = step.model_copy(update={"crossover": crossover(device)})
             steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config), device.type), hook
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):

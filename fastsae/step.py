@@ -77,7 +77,11 @@ class TrainStep:
         self.betas = self.cfg.betas
         self.compute = torch.bfloat16 if self.cfg.precision == "bf16" else master
         self.n_done = self.n_tokens = 0
-        self.moments = {p: (torch.zeros_like(w), torch.zeros_like(w)) for p, w in self._rows().items()}
+        short = torch.bfloat16 if self.cfg.first_moment == "bf16" else None
+        self.moments = {
+            p: (torch.zeros_like(w, dtype=short if w.ndim == 2 else None), torch.zeros_like(w))
+            for p, w in self._rows().items()
+        }
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
         self._none_dead_before = self.cfg.dead_after  # in activations, as the last read saw it
         self._counters, self._path = Counters(sae), PathChoice(self.cfg, sae)

@@ -11,20 +11,19 @@ more than one group the first ones are smaller, one block, two, four and so on, 
 """
 
 import logging
-import os
 import re
 import sys
 import threading
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 
 from fastsae.blocks import BLOCK, Blocks, IdEncoder, TextEncoder, background_threads, lower_priority
+from fastsae.cache import cache_folder
 from fastsae.config import DataConfig
 from fastsae.documents import open_source
 from fastsae.errors import ConfigError, DataError
@@ -290,8 +289,7 @@ def _packing(cfg: DataConfig, tokenizer: Any) -> Packing:
 def _open_blocks(
     cfg: DataConfig, split: str, tokenizer: Any, packing: Packing, d_vocab: int | None
 ) -> Blocks:
-    cache_dir = cfg.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastsae" / "tokens"
-    cache_dir = cache_dir.expanduser()
+    cache_dir = (cfg.cache_dir or cache_folder() / "tokens").expanduser()
     source = open_source(cfg, split, cache_dir)
     if cfg.tokens_column is None:
         return Blocks(source, TextEncoder(tokenizer), cache_dir)

@@ -72,3 +72,11 @@ def test_a_sparse_step_holds_no_more_than_a_chunk_of_pre_acts(monkeypatch):
     grown = (4096 - 256) * (2 * 32 * 4 + 4 * memory.CODE_BYTES)
     assert large.peak - small.peak <= grown < 0.1 * 4096 * 2048 * 4
     assert also - predicted <= grown
+
+
+def test_a_bf16_first_moment_is_in_the_prediction():
+    shape = SAEConfig(64, 512)
+    for fields in ({}, {"first_moment": "bf16"}):
+        step = TrainStep(SAE(shape), StepConfig(path="dense", **fields))
+        held = [*step.sae.parameters(), *(m for pair in step.moments.values() for m in pair)]
+        assert sum(t.nbytes for t in held) == memory.sae_bytes(shape, step.cfg)

@@ -327,17 +327,37 @@ def test_initialise_sets_scale_median_and_first_norm(activation):
     assert ratio.item() == pytest.approx(1, rel=1e-2)
 
 
-def test_bf16_operands_train_nearly_as_well():
-    """A run in bf16 ends within 5% of the same run in fp32."""
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("fields", [{"precision": "bf16"}, {"first_moment": "bf16"}], ids=str)
+def test_bf16_trains_nearly_as_well(fields, path):
+    """A run in bf16, or with a first moment in it, ends within 5% of the same run in fp32."""
     gen = torch.Generator().manual_seed(0)
     truth = torch.randn(D_SAE, D_IN, generator=gen)
     ends = []
-    for precision in ("fp32", "bf16"):
+    for how in ({}, fields):
         sae = SAE(SAEConfig(D_IN, D_SAE, activation="topk", k=4))
-        step = TrainStep(sae, StepConfig(lr=3e-3, precision=precision), 200)
+        step = TrainStep(sae, StepConfig(lr=3e-3, path=path, **how), 200)
         draw = torch.Generator().manual_seed(1)
         for _ in range(200):
             codes = torch.rand(256, D_SAE, generator=draw) * (torch.rand(256, D_SAE, generator=draw) < 0.04)
             out = step(codes @ truth)
         ends.append(out.mse.item())
     assert ends[1] == pytest.approx(ends[0], rel=0.05)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_a_bf16_first_moment_is_that_of_adam_rounded(path):
+    """After one step m is (1 - beta1) g, rounded; biases keep theirs whole; the state has its dtype and comes back."""
+    sae, x, _ = make(dtype=torch.float32)
+    full = TrainStep(sae, StepConfig(path=path, lr=1e-9, l1_coefficient=0.5))
+    short = TrainStep(sae, StepConfig(path=path, lr=1e-9, l1_coefficient=0.5, first_moment="bf16"))
+    full(x), short(x)
+    for name, (m, v) in short.moments.items():
+        assert (
+            m.dtype == (torch.bfloat16 if name.startswith("W") else torch.float32)
+            and v.dtype == torch.float32
+        )
+        torch.testing.assert_close(m.float(), full.moments[name][0], rtol=2**-8, atol=1e-12)
+    other = TrainStep(sae, short.cfg)
+    other.load_state_dict(short.state_dict())
+    assert torch.equal(other.moments["W_dec"][0], short.moments["W_dec"][0])

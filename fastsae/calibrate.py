@@ -1,0 +1,94 @@
+"""The crossover between the step's two paths on this machine: measured once, in seconds, and kept in the user's cache folder."""
+
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastsae import __version__
+from fastsae.cache import cache_folder
+from fastsae.config import CROSSOVER, SAEConfig, StepConfig
+from fastsae.sae import SAE
+from fastsae.step import TrainStep
+
+SHAPES = {"cpu": (512, 256, 4096), "cuda": (4096, 768, 16_384)}  # batch, d_in, d_sae
+SHARES = [2.0**-i for i in range(8, 1, -1)]  # of active latents, rising
+RUNS = 3  # timed steps of each path, in turns, the fastest of which counts
+
+
+def crossover(device: torch.device) -> float:
+    """Share of active latents up to which the sparse path is the faster one here.
+
+    From the cache where this device, with as many threads and these versions, was measured before; else measured and kept, where
+    the folder can be written. A constant for devices that have no sparse path.
+    """
+    if device.type not in SHAPES:
+        return CROSSOVER.get(device.type, 0.0)
+    path, key = cache_folder() / "crossover.json", _key(device)
+    known = _read(path)
+    if key not in known:
+        known[key] = measure(device)
+        aside = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, path)
+        except OSError:
+            pass  # then the next run measures again
+    return known[key]
+
+
+def measure(device: torch.device) -> float:
+    """Times both paths' steps at rising shares of active latents, and takes the share where the sparse one falls behind.
+
+    Between two shares by their logarithm; three digits. 0 where the dense path always wins. Waits for the device.
+    """
+    batch, d_in, d_sae = SHAPES[device.type]
+    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
+    last: tuple[float, float] | None = None
+    for share in SHARES:
+        lead = math.log(_seconds("dense", x, d_sae, share) / _seconds("sparse", x, d_sae, share))
+        if lead <= 0:
+            if last is None:
+                return 0.0
+            between = last[1] / (last[1] - lead)
+            return float(f"{last[0] * (share / last[0]) ** between:.3g}")
+        last = share, lead
+    return SHARES[-1]
+
+
+def _seconds(path: str, x: Tensor, d_sae: int, share: float) -> float:
+    sae = SAE(SAEConfig(x.shape[1], d_sae), device=x.device)
+    with torch.no_grad():
+        levels = sae.pre_acts(x[:64]).flatten().sort(descending=True).values
+        sae.b_enc.fill_(-float(levels[int(len(levels) * share)]))
+    step = TrainStep(sae, StepConfig.model_validate({"path": path, "lr": 1e-12, "crossover": 0.5}))
+    step(x)
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        step(x)
+        step.read()  # waits
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _key(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{name}{threads}, torch {torch.__version__}, fastsae {__version__}"
+
+
+def _read(path: Path) -> dict[str, float]:
+    """What was measured; nothing where the file is missing or not ours."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    good = isinstance(known, dict)
+    return {k: v for k, v in known.items() if isinstance(v, float) and 0 <= v <= 1} if good else {}

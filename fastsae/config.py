@@ -164,6 +164,9 @@ class StepConfig(Section):
 
     batch_size: PositiveInt = 4096
     """Activations per step."""
+    accumulate: PositiveInt = 1
+    """Pieces in which a step takes its batch, for less memory; what looks at a whole batch (batchtopk, the L0 count, AuxK's scale)
+    looks at a piece."""
     precision: Precision = "fp32"
     """Arithmetic of the matrix products; sums, losses and Adam are fp32 (fp64 for fp64)."""
     path: Literal["auto", "dense", "sparse"] = "auto"

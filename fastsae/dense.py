@@ -2,7 +2,7 @@
 differentiates.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +26,25 @@ class Gradients(NamedTuple):
     """batchtopk: the smallest selected pre-activation."""
     n_codes: Float[Tensor, ""]
     """Codes per input on the sparse path: l0, for jumprelu with what lies in the band below the threshold."""
+
+    def times(self, share: float) -> Self:
+        """As a share of a mean over more rows; the gradients in place."""
+        return self._replace(
+            params={name: g.mul_(share) for name, g in self.params.items()},
+            out=StepOutput(*(figure * share for figure in self.out)),
+            level=None if self.level is None else self.level * share,
+            n_codes=self.n_codes * share,
+        )
+
+    def plus(self, other: Self) -> Self:
+        """The sum; the gradients in place."""
+        return self._replace(
+            params={name: g.add_(other.params[name]) for name, g in self.params.items()},
+            out=StepOutput(*(a + b for a, b in zip(self.out, other.out, strict=True))),
+            fired=self.fired | other.fired,
+            level=None if self.level is None or other.level is None else self.level + other.level,
+            n_codes=self.n_codes + other.n_codes,
+        )
 
 
 def gradients(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae.config import SAEConfig, StepConfig, resolved_step
 from fastsae.counters import Counters, StepOutput
-from fastsae.dense import gradients
+from fastsae.dense import Gradients, gradients
 from fastsae.errors import ConfigError
 from fastsae.losses import Terms
 from fastsae.metrics import short_count
@@ -39,18 +39,6 @@ class Scalars(NamedTuple):
     l0: Float[Tensor, ""]
     step: Float[Tensor, ""]
     """Counts from 1."""
-
-
-class Done(NamedTuple):
-    """What either path leaves: the step's figures, which latents fired, the gradient's global norm before clipping, codes per input,
-    and batchtopk's smallest selected pre-activation.
-    """
-
-    out: StepOutput
-    fired: Bool[Tensor, " d_sae"]
-    grad_norm: Float[Tensor, ""]
-    n_codes: Float[Tensor, ""]
-    level: Float[Tensor, ""] | None
 
 
 class TrainStep:
@@ -123,30 +111,57 @@ class TrainStep:
         x = x.to(sae.W_dec.dtype) * sae.scale
         target = x if target is None else target.to(sae.W_dec.dtype) * sae.scale
         terms = self._terms(now, self.dead_mask() if may_be_dead else None)
-        if operands is None:
-            out, fired, grad_norm, n_codes, level = self._dense(x, target, now, terms)
+        if operands is not None and self._is_one_pass(may_be_dead):
+            found, grad_norm = self._one_pass(x, target, now, terms, *operands)
         else:
-            out, fired, grad_norm, n_codes, level = self._sparse(x, target, now, terms, *operands)
-        self.tokens_since_fired.add_(len(x)).masked_fill_(fired, 0)
-        self._path.add(n_codes)
-        if level is not None:
+            found = self._gradients(x, target, terms, operands)
+            grad_norm = self._update(found.params, found.out.loss, now)
+        self.tokens_since_fired.add_(len(x)).masked_fill_(found.fired, 0)
+        self._path.add(found.n_codes)
+        if found.level is not None:
             assert sae.threshold is not None
-            level = torch.where((level > 0) & level.isfinite(), level.to(sae.threshold.dtype), sae.threshold)
+            level = found.level.to(sae.threshold.dtype)
+            level = torch.where((level > 0) & level.isfinite(), level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
-        self._counters.add(out, target, grad_norm, now.step - 1)
-        return out
+        self._counters.add(found.out, target, grad_norm, now.step - 1)
+        return found.out
 
-    def _dense(self, x: Tensor, target: Tensor, now: Scalars, terms: Terms) -> Done:
-        grads = gradients(self.sae, x, target, terms, self.compute)
-        grad_norm = self._update(grads.params, grads.out.loss, now)
-        return Done(grads.out, grads.fired, grad_norm, grads.n_codes, grads.level)
+    def _gradients(
+        self, x: Tensor, target: Tensor, terms: Terms, operands: tuple["sparse.Rows", "sparse.Rows"] | None
+    ) -> Gradients:
+        """Written out, of the mean over the batch; one piece of it after another where step.accumulate says so."""
+        total = None
+        pieces = zip(x.chunk(self.cfg.accumulate), target.chunk(self.cfg.accumulate), strict=True)
+        for rows, wanted in pieces:
+            if operands is None:
+                found = gradients(self.sae, rows, wanted, terms, self.compute)
+            else:
+                found, _ = self._sparse(rows, wanted, terms, *operands)
+            found = found if len(rows) == len(x) else found.times(len(rows) / len(x))
+            total = found if total is None else total.plus(found)
+        assert total is not None
+        return total
 
-    def _sparse(
+    def _one_pass(
         self, x: Tensor, target: Tensor, now: Scalars, terms: Terms, enc: "sparse.Rows", dec: "sparse.Rows"
-    ) -> Done:
+    ) -> tuple[Gradients, Float[Tensor, ""]]:
+        """The step with gradient rows that are never stored, and its gradient's norm."""
         from fastsae import sparse  # loads triton: not at the top
 
-        sae, cfg, batch = self.sae, self.cfg, len(x)
+        found, main = self._sparse(x, target, terms, enc, dec)
+        bias = (self.sae.b_enc.detach(), *self.moments["b_enc"])
+        grad_norm, rest = sparse.update(self.sae, self.cfg, main, enc, dec, bias, now.rows, self.betas)
+        for name, g in rest.items():
+            self._adam(name, g, now.rows[3], now.rows[5], now)
+        return found, grad_norm
+
+    def _sparse(
+        self, x: Tensor, target: Tensor, terms: Terms, enc: "sparse.Rows", dec: "sparse.Rows"
+    ) -> tuple[Gradients, "sparse.Pass"]:
+        """Forward pass, figures, and gradients unless the weights are stepped in one pass."""
+        from fastsae import sparse  # loads triton: not at the top
+
+        sae, batch = self.sae, len(x)
         main = sparse.forward(sae, enc.operand, dec.operand, x, target, terms)
         mse, l1 = main.out.mse.sum() / batch, main.out.l1.sum() / batch
         auxk, passes = torch.zeros_like(mse), [main]
@@ -155,22 +170,17 @@ class TrainStep:
             passes.append(more)
         l0_loss = torch.zeros_like(mse) if main.l0_loss is None else main.l0_loss
         out = StepOutput.of(mse, l1, l0_loss, auxk, main.l0, terms)
-        if self._is_one_pass(terms.dead_mask is not None):
-            bias = (sae.b_enc.detach(), *self.moments["b_enc"])
-            grad_norm, rest = sparse.update(sae, cfg, main, enc, dec, bias, now.rows, self.betas)
-            for name, g in rest.items():
-                self._adam(name, g, now.rows[3], now.rows[5], now)
-        else:
-            grad_norm = self._update(sparse.gradients(sae, passes, terms), out.loss, now)
+        one_pass = self._is_one_pass(terms.dead_mask is not None)
+        params = {} if one_pass else sparse.gradients(sae, passes, terms)
         n_codes = main.codes.counts.sum().to(mse.dtype) / batch
-        return Done(out, main.fired, grad_norm, n_codes, main.level)
+        return Gradients(params, out, main.fired, main.level, n_codes), main
 
     def _is_one_pass(self, may_be_dead: bool) -> bool:
-        """Whether the sparse path steps with gradient rows that are never stored: dead latents add to them, and so does the smooth count
-        where the decoder's norm is free.
+        """Whether the sparse path steps with gradient rows that are never stored: dead latents add to them, pieces of a batch do, and so
+        does the smooth count where the decoder's norm is free.
         """
         smooth = self.cfg.l0_loss == "tanh" and self.sae.cfg.decoder_norm == "free"
-        return not (may_be_dead or smooth)
+        return not (may_be_dead or smooth or self.cfg.accumulate > 1)
 
     def _operands(self) -> tuple["sparse.Rows", "sparse.Rows"]:
         from fastsae import sparse  # loads triton: not at the top

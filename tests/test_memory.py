@@ -80,3 +80,16 @@ def test_a_bf16_first_moment_is_in_the_prediction():
         step = TrainStep(SAE(shape), StepConfig(path="dense", **fields))
         held = [*step.sae.parameters(), *(m for pair in step.moments.values() for m in pair)]
         assert sum(t.nbytes for t in held) == memory.sae_bytes(shape, step.cfg)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_pieces_take_less(path):
+    """And no more than predicted."""
+    peaks = []
+    for n_pieces in (1, 4):
+        live, _, predicted = measured(
+            "topk", path, "fp32", 2048, 64, 2048, 16, auxk_coefficient=0.0, accumulate=n_pieces
+        )
+        peaks.append(live.peak)
+        assert live.peak <= 1.1 * predicted
+    assert peaks[1] < 0.5 * peaks[0]

@@ -361,3 +361,35 @@ def test_a_bf16_first_moment_is_that_of_adam_rounded(path):
     other = TrainStep(sae, short.cfg)
     other.load_state_dict(short.state_dict())
     assert torch.equal(other.moments["W_dec"][0], short.moments["W_dec"][0])
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("n_pieces", [2, 5, BATCH, 2 * BATCH])
+def test_pieces_of_a_batch_add_up(n_pieces, activation, path):
+    """To the step on the whole; where a term looks at a whole batch, to autograd of the mean over the pieces."""
+    fields = {**FIELDS[activation], "precision": "fp64", "path": path, "lr": 1e-2, "dead_after": 10**9}
+    pieced, x, _ = make(activation)
+    step = TrainStep(pieced, StepConfig(accumulate=n_pieces, **fields))
+    before = leaves(pieced)
+    out = step(x)
+    if activation in ("relu", "topk"):
+        whole, _, _ = make(activation)
+        alike = TrainStep(whole, StepConfig(**fields))
+        same = alike(x)
+        for name, w in weights(whole).items():
+            torch.testing.assert_close(weights(pieced)[name], w, rtol=1e-9, atol=1e-11)
+        assert torch.equal(step.tokens_since_fired, alike.tokens_since_fired)
+        torch.testing.assert_close(torch.stack(out), torch.stack(same))
+    terms = {k: v for k, v in FIELDS[activation].items() if k not in ("auxk_coefficient", "k_aux")}
+    pieces = x.chunk(n_pieces)
+    losses_of = [losses.total(pieced.cfg, before, p, p, Terms(**terms)) * len(p) / len(x) for p in pieces]
+    torch.testing.assert_close(out.loss, sum(losses_of).detach())
+    norm = torch.stack([g.norm() for g in projected(before, sum(losses_of))]).norm()
+    assert step.read()["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
+
+
+def projected(params, loss):
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    W, g = params["W_dec"].detach(), grads["W_dec"]
+    return [*(v for k, v in grads.items() if k != "W_dec"), g - (g * W).sum(-1, keepdim=True) * W]

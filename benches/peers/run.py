@@ -1,26 +1,24 @@
-"""fastsae's step beside its peers' own: `make bench-peers`, or `python -m benches.peers.run [--device cuda] [--out FILE]`.
+"""fastsae's step beside its peers' own: `make bench-peers`, or `python -m benches.peers.run [--shape SHAPE] [--out FILE]`.
 
 Each trainer is a process of its own with the same threads, its step on the same batches; the two of a pair take turns. The optimizer
-is included; start-up, compilation and the first steps are not. Losses are compared where the maths is the same. Peers live in
-the environment that `make peers` makes; what it lacks is reported as not measured.
+is included; start-up, compilation and the first steps are not. Losses are compared where the maths is the same (of JumpReLU and of
+dead latents the mse alone: L0 and auxiliary terms differ). Peers live in the environment that `make peers` makes; what it lacks is
+reported as not measured.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benches.measure import about
-from benches.workers import ROOT
+from benches.peers.process import PEERS_PYTHON, is_peer, running
 
 WARM_UP = 2
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = (
@@ -28,18 +26,22 @@ LEAST_ROUNDS, MOST_ROUNDS, SECONDS = (
     15,
     40.0,
 )  # timed steps of each: at least, at most, and until that long has passed
-PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
-SHAPES = {"cpu": "4096,512,8192,32", "cuda": "8192,768,24576,32"}  # batch, d_in, d_sae, k
+SHAPES = {  # batch, d_in, d_sae, k
+    "cpu": "4096,512,8192,32",
+    "cuda": "8192,768,24576,32",
+    "wide": "4096,768,24576,32",
+    "narrow": "8192,384,6144,32",
+}
 Row = dict[str, Any]
 
 
 class Pair(NamedTuple):
-    """at_least: the peer's time over ours that is aimed at on a CPU, 0 for none. tolerance: of the losses; None: the maths differs."""
+    """at_least: the peer's time over ours that is aimed at on a CPU at its own shape, 0 for none. tolerance: of what the workers answer as loss."""
 
     peer: str
     ours: str
     at_least: float = 0.0
-    tolerance: float | None = 1e-4
+    tolerance: float = 1e-4
 
 
 PAIRS = [
@@ -50,6 +52,9 @@ PAIRS = [
     Pair("sparsify topk", "fastsae topk bf16 unit unclipped sparse", 2.5, 2e-2),  # mixed
     Pair("SAELens standard", "fastsae relu bf16 free sparse", 10, 2e-2),  # mixed
     Pair("SAELens topk", "fastsae topk fp32 unit sparse"),
+    Pair("SAELens topk, 10% dead", "fastsae topk fp32 unit sparse, 10% dead"),
+    Pair("SAELens batchtopk", "fastsae batchtopk fp32 unit sparse"),
+    Pair("SAELens jumprelu", "fastsae jumprelu fp32 free sparse"),
     Pair("torch relu", "fastsae relu fp32 free sparse"),
     Pair("torch relu, compiled", "fastsae relu fp32 free sparse"),
     Pair("torch topk", "fastsae topk fp32 unit sparse"),
@@ -65,82 +70,23 @@ PAIRS = [
 ]
 
 
-class Trainer:
-    """A worker process, one step at a time."""
-
-    def __init__(self, name: str, shape: str, device: str) -> None:
-        own = name.split()[0] in ("fastsae", "torch")
-        python = sys.executable if own else str(PEERS_PYTHON)
-        command = [
-            python,
-            "-m",
-            "benches.peers.worker",
-            "--trainer",
-            name,
-            "--shape",
-            shape,
-            "--device",
-            device,
-        ]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")]) if own else str(ROOT)
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"PYTHONPATH": paths}
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def step(self) -> tuple[float, float]:
-        """Seconds and loss. RuntimeError with the process's last words where it has died."""
-        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
-        assert stdin is not None and stdout is not None and stderr is not None
-        try:
-            stdin.write("\n")
-            stdin.flush()
-            answer = json.loads(stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            self._process.wait()
-            words = stderr.read().strip().splitlines()
-            raise RuntimeError(words[-1] if words else "it ended without a word") from None
-        return answer["seconds"], answer["loss"]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@contextmanager
-def running(*names: str, shape: str, device: str) -> Iterator[list[Trainer]]:
-    trainers: list[Trainer] = []
-    try:
-        for name in names:
-            trainers.append(Trainer(name, shape, device))
-        yield trainers
-    finally:
-        for trainer in trainers:
-            trainer.close()
-
-
 def measured(pair: Pair, shape: str, device: str) -> Row:
     """One row of the report."""
-    row: Row = {"peer": pair.peer, "ours": pair.ours}
-    if not pair.peer.startswith(("fastsae", "torch")) and not PEERS_PYTHON.exists():
+    row: Row = {"shape": shape, "peer": pair.peer, "ours": pair.ours}
+    if is_peer(pair.peer) and not PEERS_PYTHON.exists():
         return {**row, "status": "not measured", "why": "no peers' environment: make peers"}
+    how = ["--shape", shape, "--device", device]
     try:
-        with running(pair.peer, pair.ours, shape=shape, device=device) as (peer, ours):
+        with running("benches.peers.worker", pair.peer, pair.ours, arguments=how) as (peer, ours):
             for _ in range(WARM_UP):
-                peer.step(), ours.step()
+                peer.ask(), ours.ask()
             steps, until = [], time.monotonic() + SECONDS
             while len(steps) < LEAST_ROUNDS or (len(steps) < MOST_ROUNDS and time.monotonic() < until):
-                steps.append((peer.step(), ours.step()))
+                steps.append((peer.ask(), ours.ask()))
     except RuntimeError as error:
         return {**row, "status": "failed", "why": str(error)}
-    theirs, own = ([one[side][0] for one in steps] for side in (0, 1))
-    off = max(abs(a[1] - b[1]) / abs(a[1]) for a, b in steps)
+    theirs, own = ([one[side]["seconds"] for one in steps] for side in (0, 1))
+    off = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in steps)
     ratio = statistics.median(theirs) / statistics.median(own)
     row |= {
         "status": "measured",
@@ -149,18 +95,18 @@ def measured(pair: Pair, shape: str, device: str) -> Row:
         "our_seconds": own,
         "losses_off": off,
     }
-    if pair.tolerance is not None and off > pair.tolerance:
+    if off > pair.tolerance:
         row |= {
             "status": "wrong",
             "why": f"losses differ by {off:.2g} of themselves, allowed {pair.tolerance:g}",
         }
-    if pair.at_least and device == "cpu":
+    if pair.at_least and device == "cpu" and shape == SHAPES["cpu"]:
         row |= {"at_least": pair.at_least, "reached": ratio >= pair.at_least}
     return row
 
 
 def line(row: Row) -> str:
-    head = f"{row['peer']:38} {row['ours']:42}"
+    head = f"{row['shape']:18} {row['peer']:38} {row['ours']:42}"
     if "ratio" not in row:
         return f"{head} {row['status']}: {row['why']}"
     aim = (
@@ -188,21 +134,32 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", help="batch,d_in,d_sae,k")
-    parser.add_argument("--only", help="pairs whose names have this in them")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        help=f"batch,d_in,d_sae,k or a name of {', '.join(SHAPES)}; repeatable; by default the device's",
+    )
+    parser.add_argument("--only", action="append", help="pairs whose names have this in them; repeatable")
     parser.add_argument("--out", type=Path, help="JSON, rewritten after each pair")
     arguments = parser.parse_args()
-    shape = arguments.shape or SHAPES[arguments.device]
-    report: Row = {**about(torch.device(arguments.device)), "peers": versions(), "shape": shape, "pairs": []}
-    print(f"{'peer':38} {'ours':42}  their time / ours")
+    shapes = [SHAPES.get(shape, shape) for shape in arguments.shape or [arguments.device]]
+    rows: list[Row] = []
+    report: Row = {
+        **about(torch.device(arguments.device)),
+        "peers": versions(),
+        "shapes": shapes,
+        "pairs": rows,
+    }
+    print(f"{'batch,d_in,d_sae,k':18} {'peer':38} {'ours':42}  their time / ours")
     for pair in PAIRS:
-        if arguments.only and arguments.only not in f"{pair.peer} {pair.ours}":
+        if not any(word in f"{pair.peer} {pair.ours}" for word in arguments.only or [""]):
             continue
-        report["pairs"].append(measured(pair, shape, arguments.device))
-        print(line(report["pairs"][-1]), flush=True)
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    sys.exit(any(row["status"] in ("wrong", "failed") for row in report["pairs"]))
+        for shape in shapes:
+            rows.append(measured(pair, shape, arguments.device))
+            print(line(rows[-1]), flush=True)
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    sys.exit(any(row["status"] in ("wrong", "failed") for row in rows))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ def save_checkpoint(
     final, aside = root / f"{n_tokens:012d}", root / f".{n_tokens:012d}.part"
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        save_saes(aside / SAES, {name: step.sae for name, step in steps.items()})
         for name, step in steps.items():
+            with step.averaged():
+                step.sae.save(aside / SAES / name)
             exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
             tensors = {k: v.contiguous() for k, v in step.state_dict().items()}
             save_file({**tensors, **exact}, aside / SAES / name / STEP_FILE)

@@ -182,6 +182,8 @@ class StepConfig(Section):
     """Adam's epsilon."""
     first_moment: Literal["full", "bf16"] = "full"
     """Data type of Adam's first moment of the two matrices: theirs, or bfloat16, for 2 bytes less per weight."""
+    ema_decay: Beta | None = None
+    """Decay of a running mean of the weights, which validation and the saved SAEs then have; off unless given."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; none where a file says false."""
     lr_warmup_steps: Literal["auto"] | NonNegativeInt = "auto"

@@ -45,12 +45,13 @@ def predict(
 
 
 def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:
-    """Weights, both moments, and a bf16 copy of the matrices where the products read one."""
+    """Weights, both moments, the running mean, and a bf16 copy of the matrices where the products read one."""
     copies = 2 if step.precision == "bf16" and step.path != "dense" else 0
     element = 8 if step.precision == "fp64" else 4
     saved = element - 2 if step.first_moment == "bf16" else 0
     matrices = shape.d_sae * (shape.d_in + (shape.d_out or shape.d_in))
-    return 3 * element * n_parameters(shape) + (copies - saved) * matrices
+    n_copies = 3 if step.ema_decay is None else 4
+    return n_copies * element * n_parameters(shape) + (copies - saved) * matrices
 
 
 def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:

@@ -39,6 +39,8 @@ class Scalars(NamedTuple):
     l0: Float[Tensor, ""]
     step: Float[Tensor, ""]
     """Counts from 1."""
+    ema: Float[Tensor, ""]
+    """Weight of the new weights in their running mean."""
 
 
 class TrainStep:
@@ -70,6 +72,7 @@ class TrainStep:
             p: (torch.zeros_like(w, dtype=short if w.ndim == 2 else None), torch.zeros_like(w))
             for p, w in self._rows().items()
         }
+        self._average = None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
         self._none_dead_before = self.cfg.dead_after  # in activations, as the last read saw it
         self._counters, self._path = Counters(sae), PathChoice(self.cfg, sae)
@@ -124,6 +127,9 @@ class TrainStep:
             level = torch.where((level > 0) & level.isfinite(), level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
         self._counters.add(found.out, target, grad_norm, now.step - 1)
+        if self._average is not None:
+            for name, w in self._rows().items():
+                self._average[name].lerp_(w, now.ema)
         return found.out
 
     def _gradients(
@@ -199,11 +205,12 @@ class TrainStep:
         beta1, beta2 = self.betas
         l1 = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
         l0 = (cfg.l0_coefficient or 0.0) * ramp(self.n_done, cfg.l0_warmup_fraction, self.n_steps)
-        values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1 / batch, 0.0, l1, l0, t]
+        ema = 1 - min(cfg.ema_decay or 0.0, t / (t + 9))  # the first steps, far from where it goes, soon count little
+        values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1 / batch, 0.0, l1, l0, t, ema]
         W = self.sae.W_dec
         host = torch.tensor(values, dtype=W.dtype, pin_memory=W.device.type == "cuda")
         there = host.to(W.device, non_blocking=True)
-        return Scalars(there[:6], there[0], there[6], there[7], there[8])
+        return Scalars(there[:6], there[0], there[6], there[7], there[8], there[9])
 
     def _terms(self, now: Scalars, dead_mask: Tensor | None) -> Terms:
         cfg = self.cfg
@@ -221,6 +228,29 @@ class TrainStep:
     def dead_mask(self) -> Bool[Tensor, " d_sae"]:
         """Latents that have not fired for `dead_after` activations."""
         return self.tokens_since_fired >= self.cfg.dead_after
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In this block the SAE has the running mean of its weights, where cfg.ema_decay asks for one."""
+        own = {} if self._average is None else {name: w.clone() for name, w in self._rows().items()}
+        self.take_average()
+        try:
+            yield
+        finally:
+            for name, w in self._rows().items():
+                if own:
+                    w.copy_(own[name])
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Give the SAE the running mean of its weights for good, decoder rows at norm 1 where they are held there; the run is over."""
+        if self._average is None:
+            return
+        for name, w in self._rows().items():
+            w.copy_(self._average[name])
+        if self.sae.cfg.decoder_norm == "unit":
+            W_dec = self.sae.W_dec.detach()
+            normalise_rows_(W_dec, torch.zeros((), device=W_dec.device))
 
     @property
     def lr(self) -> float:
@@ -249,6 +279,7 @@ class TrainStep:
             for p, pair in self.moments.items()
             for kind, t in zip("mv", pair, strict=True)
         }
+        state |= {f"ema.{p}": w for p, w in (self._average or {}).items()}
         state["tokens_since_fired"] = self.tokens_since_fired
         state["progress"] = torch.tensor([self.n_done, self.n_tokens, self._none_dead_before])
         return {**state, **self._counters.state, **self._path.state_dict()}

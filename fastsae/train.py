@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,8 @@ class _Loop:
         tokens_per_second = self.n_tokens / self.clock.seconds()
         self.report()
         self.checkpoint(ring)
+        for step in self.steps.values():
+            step.take_average()
         save_final(self.job.run_dir, self.job.saes)
         self.validations = {}
         interrupted = self.stop.is_set() and self.n_tokens < config.n_tokens
@@ -158,7 +160,9 @@ class _Loop:
         job = self.job
         if job.source is None or job.tokens is None:
             return
-        with self.clock.stopped():
+        with self.clock.stopped(), ExitStack() as averages:
+            for step in self.steps.values():
+                averages.enter_context(step.averaged())
             saes = {key: (job.hook_of[key], sae) for key, sae in job.saes.items()}
             held_out, batch_size = job.tokens.validation, job.config.model.batch_size
             try:

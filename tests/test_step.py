@@ -393,3 +393,27 @@ def projected(params, loss):
     grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
     W, g = params["W_dec"].detach(), grads["W_dec"]
     return [*(v for k, v in grads.items() if k != "W_dec"), g - (g * W).sum(-1, keepdim=True) * W]
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("norm", ["unit", "free"])
+def test_a_running_mean_of_the_weights(norm, path):
+    sae, x, _ = make("relu", norm)
+    cfg = StepConfig(precision="fp64", path=path, lr=1e-2, l1_coefficient=0.5, ema_decay=0.6)
+    step, mean = TrainStep(sae, cfg), {name: w.clone() for name, w in weights(sae).items()}
+    for t in range(1, 31):
+        step(x)
+        for name, w in weights(sae).items():
+            mean[name] += (1 - min(0.6, t / (t + 9))) * (w - mean[name])
+    own = {name: w.clone() for name, w in weights(sae).items()}
+    other = TrainStep(make("relu", norm)[0], cfg)
+    other.load_state_dict(step.state_dict())
+    other.take_average()
+    if norm == "unit":
+        mean["W_dec"] /= mean["W_dec"].norm(dim=1, keepdim=True)
+    with step.averaged():
+        for name, w in weights(sae).items():
+            torch.testing.assert_close(w, mean[name], rtol=1e-12, atol=1e-12)
+            assert not torch.equal(w, own[name])
+            assert torch.equal(weights(other.sae)[name], w)
+    assert all(torch.equal(w, own[name]) for name, w in weights(sae).items())

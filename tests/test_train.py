@@ -490,3 +490,15 @@ def test_wandb_offline(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     result = fastsae.train(config(n_tokens=600, log={"wandb": "project", "every": 2}))
     assert list(Path(result.run_dir).glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_what_is_saved_and_validated_is_the_running_mean(config):
+    """In checkpoints beside the exact weights, at the end in place of them."""
+    result = fastsae.train(config(step={"ema_decay": 0.9, "batch_size": 128, "lr": 1e-2}))
+    saved, found = fastsae.load(result.run_dir), result.saes[HOOK]
+    torch.testing.assert_close(saved.W_dec, found.W_dec, rtol=0, atol=0)
+    folder = checkpoints(result.run_dir)[-1]
+    state = load_file(next(folder.rglob("step.safetensors")))
+    torch.testing.assert_close(fastsae.load(folder).W_dec.detach(), found.W_dec.detach(), rtol=0, atol=0)
+    assert not torch.equal(state["sae.W_dec"], found.W_dec)
+    torch.testing.assert_close(state["ema.b_dec"], found.b_dec.detach(), rtol=0, atol=0)

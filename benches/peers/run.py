@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 class Pair(NamedTuple):
-    """at_least: the peer's time over ours that is aimed at on a CPU at its own shape, 0 for none. tolerance: of what the workers answer as loss."""
+    """at_least: the peer's time over ours that is aimed at on a CPU, at the shape "cpu"; 0 for none. tolerance: of the workers' losses."""
 
     peer: str
     ours: str

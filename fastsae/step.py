@@ -72,7 +72,9 @@ class TrainStep:
             p: (torch.zeros_like(w, dtype=short if w.ndim == 2 else None), torch.zeros_like(w))
             for p, w in self._rows().items()
         }
-        self._average = None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
+        self._average = (
+            None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
+        )
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
         self._none_dead_before = self.cfg.dead_after  # in activations, as the last read saw it
         self._counters, self._path = Counters(sae), PathChoice(self.cfg, sae)
@@ -205,7 +207,9 @@ class TrainStep:
         beta1, beta2 = self.betas
         l1 = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
         l0 = (cfg.l0_coefficient or 0.0) * ramp(self.n_done, cfg.l0_warmup_fraction, self.n_steps)
-        ema = 1 - min(cfg.ema_decay or 0.0, t / (t + 9))  # the first steps, far from where it goes, soon count little
+        ema = 1 - min(
+            cfg.ema_decay or 0.0, t / (t + 9)
+        )  # the first steps, far from where it goes, soon count little
         values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1 / batch, 0.0, l1, l0, t, ema]
         W = self.sae.W_dec
         host = torch.tensor(values, dtype=W.dtype, pin_memory=W.device.type == "cuda")

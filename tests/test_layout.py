@@ -44,7 +44,7 @@ def test_every_public_name_is_there():
 
 
 LAYERS = [
-    {"errors", "seeds", "metrics", "explain"},
+    {"errors", "seeds", "metrics", "explain", "cache"},
     {"config"},
     {"configfile"},
     {"activations", "ring", "optim", "demo"},
@@ -52,7 +52,7 @@ LAYERS = [
     {"counters", "init", "paths", "documents", "blocks", "log"},
     {"dense", "sparse"},
     {"step"},
-    {"packing", "boot", "checkpoint"},
+    {"packing", "boot", "checkpoint", "calibrate"},
     {"tokens", "source"},
     {"harvest", "evaluate", "splice"},
     {"prepare"},

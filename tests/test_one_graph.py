@@ -31,9 +31,11 @@ def run(kind, path, precision, compiled):
     return weights(sae), step.read(), graphs
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", ["dense", "sparse"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+CASES = [(kind, path, "fp32") for kind in KINDS for path in ("dense", "sparse")]
+CASES += [("relu", "dense", "bf16"), ("relu", "sparse", "bf16")]
+
+
+@pytest.mark.parametrize("kind, path, precision", CASES)
 def test_one_graph_takes_a_whole_schedule(kind, path, precision):
     plain, figures, _ = run(kind, path, precision, compiled=False)
     captured, same_figures, graphs = run(kind, path, precision, compiled=True)

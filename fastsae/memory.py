@@ -62,7 +62,7 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
     assert step.crossover != "auto"
     if step.accumulate > 1:  # by the piece, with all gradients twice: the sum, and those of a piece
         whole = step.model_copy(update={"accumulate": 1})
-        summed = 4 * n_parameters(shape)
+        summed = (8 if step.precision == "fp64" else 4) * n_parameters(shape)
         return 2 * summed + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
     n_codes = shape.k or max(round(step.crossover * shape.d_sae), 1)
     auto_is_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae

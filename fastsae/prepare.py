@@ -103,12 +103,14 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
         ring_dtype = getattr(torch, config.ring.dtype)
 
     saes, steps, hook_of = {}, {}, {}
+    cross: float | None = None  # one for all SAEs of the run
     for hook, width in widths.items():
         for name, section, step in config.variants():
             key = f"{hook}/{name}" if name else hook
             shape = SAEConfig(width, **section.model_dump())
             if step.path == "auto" and step.crossover == "auto":
-                step = step.model_copy(update={"crossover": crossover(device)})
+                cross = crossover(device) if cross is None else cross
+                step = step.model_copy(update={"crossover": cross})
             steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config), device.type), hook
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):
@@ -235,7 +237,9 @@ def _resolved(
     entries = []
     for (name, section, asked), (shape, step) in zip(config.variants(), built, strict=True):
         sae = section.model_copy(update={"k": shape.k, "decoder_norm": shape.decoder_norm})
-        full = step.model_copy(update={"k_aux": asked.k_aux})  # by default it follows from the width
+        full = step.model_copy(
+            update={"k_aux": asked.k_aux, "l0_coefficient": asked.l0_coefficient}
+        )  # they follow from the width
         if not name:
             return config.model_copy(update={"ring": ring, "sae": sae, "step": full, "saes": ()})
         own = StepConfig(**full.model_dump(exclude={"batch_size"}))

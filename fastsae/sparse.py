@@ -86,6 +86,10 @@ class Shadows:
         """The copies are those of the parameters as they are now."""
         self._stamps = {name: self._stamp(name) for name in self._copies}
 
+    def outdated(self) -> None:
+        """The parameters have moved; Adam's fused kernel leaves no trace in their version counters."""
+        self._stamps.clear()
+
     def _stamp(self, name: str) -> tuple[int, int]:
         parameter: Tensor = getattr(self._sae, name)
         return parameter.data_ptr(), parameter._version

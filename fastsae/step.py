@@ -97,8 +97,8 @@ class TrainStep:
             out = self._on_device(
                 x, target, self._scalars(len(x)), self._operands() if sparse else None, may_be_dead
             )
-        if sparse and self._shadows is not None and self._is_one_pass(may_be_dead):
-            self._shadows.renewed()
+        if self._shadows is not None:
+            self._shadows.renewed() if sparse and self._is_one_pass(may_be_dead) else self._shadows.outdated()
         self.n_done += 1
         self.n_tokens += len(x)
         return out
@@ -126,7 +126,8 @@ class TrainStep:
         if found.level is not None:
             assert sae.threshold is not None
             level = found.level.to(sae.threshold.dtype)
-            level = torch.where((level > 0) & level.isfinite(), level, sae.threshold)
+            moved = found.out.loss.isfinite() & grad_norm.isfinite() & (level > 0) & level.isfinite()
+            level = torch.where(moved, level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
         self._counters.add(found.out, target, grad_norm, now.step - 1)
         if self._average is not None:

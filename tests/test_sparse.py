@@ -224,3 +224,36 @@ def test_hysteresis():
         taken.append(choice.is_sparse(50 * i))
         assert choice.is_sparse(50 * i + 1) == taken[-1], "between decisions nothing changes"
     assert taken == [False, False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "kind, norm, fields",
+    [
+        ("topk", "unit", {"accumulate": 2}),
+        ("topk", "unit", {"dead_after": BATCH}),
+        ("jumprelu, tanh", "free", {}),
+        ("relu", "free", {"path": "auto", "crossover": 1.0}),
+    ],
+    ids=str,
+)
+def test_bf16_products_read_the_weights_after_every_kind_of_step(kind, norm, fields):
+    sae = make(kind, norm)
+    step = TrainStep(
+        sae, StepConfig(**{"precision": "bf16", "path": "sparse", "lr": 1e-2, **FIELDS[kind], **fields})
+    )
+    for i, x in enumerate(batches(12)):
+        step._path.sparse = i not in (5, 6)  # where it is auto
+        step(x)
+    enc, dec = step._operands()
+    assert torch.equal(dec.operand, sae.W_dec.bfloat16())
+    assert torch.equal(enc.operand, sae.W_enc.detach().T.bfloat16())
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_a_step_that_is_skipped_leaves_the_threshold(path):
+    sae = make("batchtopk")
+    step = TrainStep(sae, StepConfig(path=path, lr=1e-2))
+    step(batches(1)[0])
+    before = sae.threshold.clone()
+    step(torch.full((8, D_IN), 1e20))
+    assert torch.equal(sae.threshold, before) and before > 0

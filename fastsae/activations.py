@@ -35,7 +35,7 @@ def topk(
 ) -> Float[Tensor, "*batch d_sae"]:
     """The cfg.k largest latents of each row are active where positive; ties go to the smallest index."""
     assert cfg.k is not None
-    return _chosen(pre_acts, largest(pre_acts, cfg.k))
+    return chosen(pre_acts, largest(pre_acts, cfg.k))
 
 
 def batchtopk(
@@ -43,7 +43,7 @@ def batchtopk(
 ) -> Float[Tensor, "batch d_sae"]:
     """The batch * cfg.k largest latents of the batch are active where positive; ties go to the smallest (row, latent)."""
     assert cfg.k is not None
-    return _chosen(pre_acts, largest_of_batch(pre_acts, cfg.k))
+    return chosen(pre_acts, largest_of_batch(pre_acts, cfg.k))
 
 
 def jumprelu(
@@ -77,7 +77,7 @@ def activate(
     return ACTIVATIONS[cfg.activation](pre_acts, cfg, threshold)
 
 
-def _chosen(
+def chosen(
     pre_acts: Float[Tensor, "*batch d_sae"], mask: Float[Tensor, "*batch d_sae"]
 ) -> Float[Tensor, "*batch d_sae"]:
     """pre_acts where the mask is 1, 0 elsewhere; in the mask's memory where nothing is to be differentiated."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.activations import above, activate, largest, where_active
+from fastsae.activations import above, activate, chosen, largest
 from fastsae.config import SAEConfig
 
 TANH_SCALE = 4.0  # of the smooth count of active latents; Anthropic, January 2025 update
@@ -71,8 +71,7 @@ def auxk(
 def aux_acts(pre_acts: Tensor, dead_mask: Tensor, k_aux: int) -> Tensor:
     """The k_aux largest positive pre-activations among dead latents, 0 elsewhere."""
     candidates = pre_acts.masked_fill(~dead_mask, 0)
-    mask = largest(candidates, k_aux)
-    return candidates * mask if torch.is_grad_enabled() else where_active(candidates, mask, out=mask)
+    return chosen(candidates, largest(candidates, k_aux))
 
 
 def aux_weight(residual: Tensor, dead_mask: Tensor, k_aux: int) -> Tensor:

@@ -65,16 +65,13 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
         summed = (8 if step.precision == "fp64" else 4) * n_parameters(shape)
         return 2 * summed + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
     n_codes = shape.k or max(round(step.crossover * shape.d_sae), 1)
-    auto_is_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae
-    paths = ("dense", "sparse") if step.path == "auto" and not auto_is_sparse else (step.path,)
-    if step.path == "auto" and auto_is_sparse:
-        paths = ("sparse",)
-    return max(
-        dense_bytes(shape, step, batch)
-        if path == "dense"
-        else sparse_bytes(shape, step, batch, n_codes=n_codes, device_type=device_type)
-        for path in paths
-    )
+    always_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae
+    sizes = []
+    if step.path == "dense" or (step.path == "auto" and not always_sparse):
+        sizes.append(dense_bytes(shape, step, batch))
+    if step.path != "dense":
+        sizes.append(sparse_bytes(shape, step, batch, n_codes=n_codes, device_type=device_type))
+    return max(sizes)
 
 
 def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:

@@ -242,9 +242,9 @@ class TrainStep:
         try:
             yield
         finally:
-            for name, w in self._rows().items():
-                if own:
-                    w.copy_(own[name])
+            rows = self._rows()
+            for name, w in own.items():
+                rows[name].copy_(w)
 
     @torch.no_grad()
     def take_average(self) -> None:

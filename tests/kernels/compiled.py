@@ -73,8 +73,6 @@ GPUS: dict[Capability, tuple[str, ...]] = {
 
 SAMPLE: dict[Capability, tuple[str, ...]] = {
     (8, 0): ("d768", "d2304", "d16384"),
-    (8, 6): ("d768",),
-    (8, 9): ("d768",),
     (9, 0): ("d768", "d768 fp32", "d769", "d16384"),
 }
 

@@ -1,4 +1,4 @@
-"""Every kernel as a GPU would run it: compiled for A100, RTX 3090 and 4090, and H100/H200, and the code inspected.
+"""Every kernel as a GPU would run it: compiled for A100 and H100/H200 (the table: RTX 3090 and 4090 too), and the code inspected.
 
 A sample is compiled and must be what the committed table has; the table itself is checked whole, where it is of this triton.
 """
@@ -58,8 +58,11 @@ def test_every_kernel_is_compiled(found: dict[str, Any]) -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    for gpu in ("sm_80", "sm_86", "sm_89", "sm_90"):
+    for gpu in ("sm_80", "sm_90"):
         assert {name.split(",")[0] for name in found["kernels"] if f", {gpu}," in name} == defined, gpu
+    for gpu in ("sm_86", "sm_89"):
+        rows = committed(found["triton"])
+        assert not rows or {name.split(",")[0] for name in rows if f", {gpu}," in name} == defined, gpu
 
 
 def test_no_kernel_spills(found: dict[str, Any], kernels: dict[str, Any]) -> None:

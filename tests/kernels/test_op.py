@@ -14,7 +14,7 @@ D_IN, D_SAE = 13, 70
 
 def parameters(device):
     gen = torch.Generator().manual_seed(0)
-    shapes = [(9, D_IN), (D_SAE, D_IN), (D_SAE,), (D_SAE, D_IN), (D_IN,)]
+    shapes = [(5, D_IN), (D_SAE, D_IN), (D_SAE,), (D_SAE, D_IN), (D_IN,)]
     return [torch.randn(shape, generator=gen).to(device) for shape in shapes]
 
 

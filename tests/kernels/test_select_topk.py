@@ -9,7 +9,7 @@ from fastsae_kernels.select_topk import select_topk, select_topk_ref
 from tests.kernels.forms import ALL_FORMS
 
 BACKENDS = [("torch", torch.float64), *ALL_FORMS]
-SIZES = [(1, 1, 1), (3, 5, 2), (2, 33, 33), (4, 129, 7), (2, 600, 20), (2, 1100, 3)]
+SIZES = [(1, 1, 1), (3, 5, 2), (2, 33, 33), (2, 129, 7), (1, 600, 20), (1, 1100, 3)]
 
 
 def assert_exact(pre_acts, k, positive=True, group_max=None):
@@ -43,10 +43,10 @@ def test_select_topk(backend, dtype, batch, d_sae, k, positive, device):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("positive", [True, False])
-@pytest.mark.parametrize("d_sae, k, top", [(1, 1, 1), (97, 40, 1), (128, 7, 4), (200, 200, 2), (167, 3, 1)])
+@pytest.mark.parametrize("d_sae, k, top", [(1, 1, 1), (97, 40, 1), (128, 7, 4), (130, 130, 2), (167, 3, 1)])
 def test_ties(backend, positive, d_sae, k, top, device):
     gen = torch.Generator().manual_seed(d_sae)
-    pre_acts = torch.randint(-top, top + 1, (5, d_sae), generator=gen).float().to(device)
+    pre_acts = torch.randint(-top, top + 1, (3, d_sae), generator=gen).float().to(device)
     with use_backend(backend):
         assert_exact(pre_acts, k, positive)
 
@@ -77,7 +77,7 @@ def test_degenerate_rows(backend, positive, device):
         ]
     ).to(device)
     with use_backend(backend):
-        for k in (1, 5, 33, 97):
+        for k in (1, 33, 97):
             assert_exact(pre_acts, k, positive)
 
 
@@ -89,12 +89,12 @@ def test_nans_tie_whatever_their_sign_and_payload(backend, dtype, positive, devi
     payloads = [infinity + 1, infinity + 2, torch.iinfo(integer).max]
     payloads += [p + torch.iinfo(integer).min for p in payloads]  # -nan
     nans = torch.tensor(payloads, dtype=integer).view(dtype)
-    pre_acts = normal(6, 130, dtype, "cpu")
-    for row in range(6):  # in another order in each row
-        pre_acts[row, 7 : 7 + 20 * 6 : 20] = nans.roll(row)
-    assert pre_acts.isnan().sum() == 36
+    pre_acts = normal(3, 130, dtype, "cpu")
+    for row in range(3):  # in another order in each row
+        pre_acts[row, 7 : 7 + 20 * 6 : 20] = nans.roll(2 * row)
+    assert pre_acts.isnan().sum() == 18
     with use_backend(backend):
-        for k in (1, 3, 6, 9):
+        for k in (3, 6, 9):
             assert_exact(pre_acts.to(device), k, positive)
 
 

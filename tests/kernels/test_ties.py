@@ -10,17 +10,17 @@ hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not install
 st = hypothesis.strategies
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("positive", [True, False])
 @hypothesis.settings(
-    max_examples=8, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(data=st.data())
-def test_ties(backend, positive, device, data):
-    d_sae = data.draw(st.integers(1, 200))
+def test_ties(positive, device, data):
+    d_sae = data.draw(st.integers(1, 130))
     k = data.draw(st.integers(1, d_sae))
     top = data.draw(st.integers(1, 4))
     gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    pre_acts = torch.randint(-top, top + 1, (2, d_sae), generator=gen).float().to(device)
-    with use_backend(backend):
-        assert_exact(pre_acts, k, positive)
+    pre_acts = torch.randint(-top, top + 1, (1, d_sae), generator=gen).float().to(device)
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            assert_exact(pre_acts, k, positive)

@@ -21,7 +21,7 @@ SIZES = [
     ([2, 9, 0, 4, 8, 41], 50, 4, 15, 3),
     ([3, 9, 12], 20, 4, 2, 4),  # 8 latents of the last input have no slot
     ([1, 1], 5, 2, 0, 4),
-    ([7] * 1057, 40, 4, 1057, 64),  # 34 words: more than a tile of them
+    ([2] * 1057, 9, 1, 1057, 64),  # 34 words: more than a tile of them
 ]
 
 

@@ -177,13 +177,14 @@ class StepConfig(Section):
     lr: Literal["auto"] | PositiveFloat = "auto"
     """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 7e-5 for jumprelu, else 2e-4 / sqrt(d_sae / 2^14)."""
     betas: Literal["auto"] | tuple[Beta, Beta] = "auto"
-    """Decay of Adam's first and second moment; "auto": 0.9 and 0.999, for jumprelu 0 and 0.999."""
+    """Decay of Adam's first and second moment; "auto": 0.9 and 0.999, for jumprelu 0 and 0.999. With 0 no first moment is kept, and the
+    sparse path leaves weights without a gradient where they are."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
     first_moment: Literal["full", "bf16"] = "full"
     """Data type of Adam's first moment of the two matrices: theirs, or bfloat16, for 2 bytes less per weight."""
     ema_decay: Beta | None = None
-    """Decay of a running mean of the weights, which validation and the saved SAEs then have; off unless given."""
+    """Decay of a running mean of the weights, which validation and the saved SAEs then have; off unless given, or where a file says false."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; none where a file says false."""
     lr_warmup_steps: Literal["auto"] | NonNegativeInt = "auto"
@@ -214,9 +215,10 @@ class StepConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _false_is_off(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("grad_clip") is False:
-            return {**data, "grad_clip": None}
-        return data
+        if not isinstance(data, Mapping):
+            return data
+        may_be_off = ("grad_clip", "ema_decay")
+        return {f: None if f in may_be_off and value is False else value for f, value in data.items()}
 
 
 class SAEEntry(SAESection):
@@ -393,10 +395,18 @@ def resolved_step(
         auto["lr"] = lrs.get(activation, 2e-4 / math.sqrt(sae.d_sae / 2**14))
     if step.betas == "auto":
         auto["betas"] = (0.0, 0.999) if activation == "jumprelu" else (0.9, 0.999)
+    if step.first_moment == "bf16" and auto.get("betas", step.betas)[0] == 0:
+        raise ConfigError(
+            'step.first_moment = "bf16" is for betas[0] above 0; with 0 no first moment is kept'
+        )
     if step.lr_warmup_steps == "auto":
         auto["lr_warmup_steps"] = warmup
     for field in OWN_FIELDS[activation]:
         auto[field] = own[field] if getattr(step, field) is None else getattr(step, field)
+    if auto.get("target_l0", 0) > sae.d_sae:
+        raise ConfigError(
+            f"step.target_l0 = {auto['target_l0']:g} is more than the {sae.d_sae} latents (d_sae)"
+        )
     if "k_aux" in auto:
         auto["k_aux"] = min(auto["k_aux"], sae.d_sae)
     return step.model_copy(update=auto)

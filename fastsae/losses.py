@@ -136,7 +136,7 @@ def active_count(
 def smooth_count(acts: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """What each latent adds to the smooth count, and the derivative of that by acts * norms."""
     counted = (TANH_SCALE * acts * norms).tanh_()
-    return counted, (1 - counted.square()).mul_(TANH_SCALE)
+    return counted, counted.square().neg_().add_(1).mul_(TANH_SCALE)
 
 
 def total(

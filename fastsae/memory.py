@@ -11,9 +11,10 @@ from fastsae.config import RunConfig, SAEConfig, StepConfig
 from fastsae.errors import ConfigError, first_line
 from fastsae.ring import rows_held
 
-# On the dense path, tensors of [batch, d_sae] that live at once; AuxK adds to them. A bool counts a quarter.
+# On the dense path, tensors of [batch, d_sae] that live at once; AuxK and the smooth L0 count add to them. A bool counts a quarter.
 DENSE = {"relu": 2.0, "topk": 2.0, "batchtopk": 2.0, "jumprelu": 4.25}
 AUXK = 2.5
+SMOOTH = 0.75
 CODE_BYTES = (
     44  # on the sparse path: index and value, and what the selection and the transposition hold on the way
 )
@@ -31,7 +32,7 @@ def predict(
 ) -> dict[str, int]:
     """Bytes per part, without the source model, its forward and the framework's own.
 
-    ring: `capacity`, one forward less a row, and a batch, in rows of every hook point. saes: weights and two moments, and for
+    ring: `capacity`, one forward less a row, and a batch, in rows of every hook point. saes: weights and moments, and for
     bf16 the copies that the products read. step: what the hungriest SAE's step holds beside them.
     """
     batch = min(config.step.batch_size, config.n_tokens)
@@ -45,12 +46,13 @@ def predict(
 
 
 def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:
-    """Weights, both moments, the running mean, and a bf16 copy of the matrices where the products read one."""
+    """Weights, their moments (no first where it would forget at once), the running mean, and bf16 copies that the products read."""
     copies = 2 if step.precision == "bf16" and step.path != "dense" else 0
     element = 8 if step.precision == "fp64" else 4
     saved = element - 2 if step.first_moment == "bf16" else 0
     matrices = shape.d_sae * (shape.d_in + (shape.d_out or shape.d_in))
-    n_copies = 3 if step.ema_decay is None else 4
+    assert step.betas != "auto"
+    n_copies = 2 + (step.betas[0] > 0) + (step.ema_decay is not None)
     return n_copies * element * n_parameters(shape) + (copies - saved) * matrices
 
 
@@ -80,6 +82,7 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
     half, element = step.precision == "bf16", 8 if step.precision == "fp64" else 4
     compute = 2 if half else element
     wide = DENSE[shape.activation] + (AUXK if step.auxk_coefficient else 0)
+    wide += SMOOTH if step.l0_loss == "tanh" else 0
     rows = batch * (2 * d_in + 3 * d_out) * element
     casts = n * (d_in + 2 * d_out) * 2 if half else 0
     gradients = n * (d_in + d_out) * element
@@ -90,7 +93,7 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
 def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int, device_type: str) -> int:
     """A chunk of pre_acts (for batchtopk all of them), with the groups of latents that the selection reads; or what W_dec's gather makes.
 
-    AuxK writes its gradients out, and selects k_aux more.
+    AuxK writes its gradients out, and selects k_aux more; the smooth L0 count beside a free decoder norm writes them out too.
     """
     from fastsae_kernels.encode import CHUNK_ROWS, GROUP, has_fast_products  # load triton: not at the top
     from fastsae_kernels.encode_codes import chunk_rows
@@ -105,6 +108,8 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
         rows += decode
         auxk = n * (d_in + d_out) * element + batch * (step.k_aux * CODE_BYTES + 2 * d_out * element)
         n_codes = max(n_codes, step.k_aux)
+    if step.l0_loss == "tanh" and shape.decoder_norm == "free":  # writes its gradients out
+        auxk = decode + n * (d_in + 2 * d_out) * element + (batch * d_in * element if half else 0)
     n_groups = -(-n // GROUP)
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
     select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * CODE_BYTES)

@@ -8,7 +8,7 @@ from torch import Tensor
 def adam_(
     param: Tensor,
     grad: Tensor,
-    m: Tensor,
+    m: Tensor | None,
     v: Tensor,
     *,
     step: Tensor,
@@ -20,10 +20,10 @@ def adam_(
 ) -> None:
     """One step of Adam in place (Kingma and Ba 2015, algorithm 1), by the kernel of torch.optim.Adam(fused=True).
 
-    Args: step counts from 1; it and lr are scalars on the device, so that a captured step follows its schedules; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves. grad is overwritten.
+    Args: step counts from 1; it and lr are scalars on the device, so that a captured step follows its schedules; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves; m is None where betas[0] is 0. grad is overwritten.
     """
     grad.mul_(grad_scale)
-    wide = m.to(param.dtype)  # itself, unless it is kept in bf16
+    wide = grad if m is None else m.to(param.dtype)  # itself, unless it is kept in bf16
     torch._fused_adam_(
         [param],
         [grad],
@@ -40,7 +40,7 @@ def adam_(
         maximize=False,
         found_inf=None if skip is None else skip.float(),
     )
-    if wide is not m:
+    if m is not None and wide is not m:
         m.copy_(wide)
 
 

@@ -9,7 +9,7 @@ the same rows: `gradients` then writes the rows out.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import fastsae_kernels as ops
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     """One matrix of d_sae rows, its moments, and the copy of it that the products read (itself where they are in its dtype)."""
 
     W: Tensor
-    m: Tensor
+    m: Tensor | None
     v: Tensor
     shadow: Tensor | None
 
@@ -110,7 +110,8 @@ def forward(
     if cfg.activation == "batchtopk":  # looks at the whole batch: pre_acts are not taken by chunks of rows
         assert cfg.k is not None
         pre_acts, group_max = ops.encode(centred, W_encT.T, sae.b_enc)
-        codes, level = ops.select_batchtopk(pre_acts, cfg.k, group_max)
+        width, n_tail = batchtopk_slots(len(x), cfg.k, cfg.d_sae, x.device.type)
+        codes, level = ops.select_batchtopk(pre_acts, cfg.k, group_max, width=width, n_tail=n_tail)
     else:
         codes = ops.encode_codes(
             centred,
@@ -132,6 +133,14 @@ def forward(
     return (
         main if sae.threshold is None or level is not None else _jumprelu(sae.threshold, main, norms, terms)
     )
+
+
+def batchtopk_slots(batch: int, k: int, d_sae: int, device_type: str) -> tuple[int | None, int]:
+    """Slots per row and rows behind the batch that hold batch * k codes however they fall, so that a GPU is not asked for the fullest row."""
+    if device_type == "cpu":
+        return None, 0
+    width = min(2 * k, d_sae)
+    return width, batch * k // width
 
 
 def _jumprelu(threshold: Tensor, main: Pass, norms: Tensor | None, terms: Terms) -> Pass:
@@ -242,14 +251,15 @@ def update(
     main: Pass,
     enc: Rows,
     dec: Rows,
-    bias: tuple[Tensor, Tensor, Tensor],
+    bias: tuple[Tensor, Tensor | None, Tensor],
     scalars: Float[Tensor, "6"],
     betas: tuple[float, float],
+    behind: dict[str, Int[Tensor, " d_sae"]],
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Step W_dec, W_enc and b_enc in place; the gradient's global norm before clipping, and the gradients of the other parameters.
 
     bias: b_enc and its moments. scalars: update_rows'; [3] is set to the clipping factor, and [5] where the loss or the norm is not
-    finite: then nothing moves.
+    finite: then nothing moves. behind: update_rows', by matrix, where betas[0] is 0.
     """
     unit, values, out, t = sae.cfg.decoder_norm == "unit", main.codes.values, main.out, main.t
     l1_rows = not unit and cfg.l1_coefficient is not None
@@ -277,6 +287,7 @@ def update(
         project=unit,
         renormalise=unit,
         l1_rows=l1_rows,
+        behind=behind.get("W_dec"),
     )
     ops.update_rows(
         t,
@@ -292,5 +303,6 @@ def update(
         bias=bias[0],
         bias_m=bias[1],
         bias_v=bias[2],
+        behind=behind.get("W_enc"),
     )
     return norm, rest

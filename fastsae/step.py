@@ -68,10 +68,19 @@ class TrainStep:
         self.compute = torch.bfloat16 if self.cfg.precision == "bf16" else master
         self.n_done = self.n_tokens = 0
         short = torch.bfloat16 if self.cfg.first_moment == "bf16" else None
-        self.moments = {
-            p: (torch.zeros_like(w, dtype=short if w.ndim == 2 else None), torch.zeros_like(w))
+        forgets = self.betas[0] == 0  # then there is no first moment to keep
+        self.moments: dict[str, tuple[Tensor | None, Tensor]] = {
+            p: (
+                None if forgets else torch.zeros_like(w, dtype=short if w.ndim == 2 else None),
+                torch.zeros_like(w),
+            )
             for p, w in self._rows().items()
         }
+        # steps for which the second moments of an idle latent have not decayed yet: the sparse path may leave its rows be
+        self._behind = {
+            name: torch.zeros_like(sae.b_enc, dtype=torch.int32) for name in ("W_enc", "W_dec") if forgets
+        }
+        self._any_behind = False
         self._average = (
             None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
         )
@@ -86,19 +95,23 @@ class TrainStep:
     ) -> StepOutput:
         """One step on raw activations; `target` (raw) is what to reconstruct where it is not x.
 
-        Does not wait for the device; but on a GPU's sparse path all but topk ask how many slots their codes need. Raises
+        Does not wait for the device; but on a GPU's sparse path relu and jumprelu ask how many slots their codes need. Raises
         ValueError for shapes that do not fit.
         """
         _check_shapes(self.sae.cfg, x, target)
         # known without asking the device
         may_be_dead = bool(self.cfg.auxk_coefficient) and self.n_tokens >= self._none_dead_before
         sparse = self._path.is_sparse(self.n_done)
+        one_pass = sparse and self._is_one_pass(may_be_dead)
+        if not one_pass:
+            self._catch_up()
         with _tf32(self.cfg.precision == "tf32", x.device):
             out = self._on_device(
                 x, target, self._scalars(len(x)), self._operands() if sparse else None, may_be_dead
             )
         if self._shadows is not None:
-            self._shadows.renewed() if sparse and self._is_one_pass(may_be_dead) else self._shadows.outdated()
+            self._shadows.renewed() if one_pass else self._shadows.outdated()
+        self._any_behind = one_pass
         self.n_done += 1
         self.n_tokens += len(x)
         return out
@@ -159,7 +172,9 @@ class TrainStep:
 
         found, main = self._sparse(x, target, terms, enc, dec)
         bias = (self.sae.b_enc.detach(), *self.moments["b_enc"])
-        grad_norm, rest = sparse.update(self.sae, self.cfg, main, enc, dec, bias, now.rows, self.betas)
+        grad_norm, rest = sparse.update(
+            self.sae, self.cfg, main, enc, dec, bias, now.rows, self.betas, self._behind
+        )
         for name, g in rest.items():
             self._adam(name, g, now.rows[3], now.rows[5], now)
         return found, grad_norm
@@ -190,6 +205,15 @@ class TrainStep:
         """
         smooth = self.cfg.l0_loss == "tanh" and self.sae.cfg.decoder_norm == "free"
         return not (may_be_dead or smooth or self.cfg.accumulate > 1)
+
+    def _catch_up(self) -> None:
+        """Second moments as if they had been stepped with all others at every step."""
+        for name, steps in self._behind.items() if self._any_behind else ():
+            decay = torch.pow(self.betas[1], steps.to(self.sae.b_enc.dtype))
+            self.moments[name][1].mul_(decay[:, None])
+            if name == "W_enc":
+                self.moments["b_enc"][1].mul_(decay)
+            steps.zero_()
 
     def _operands(self) -> tuple["sparse.Rows", "sparse.Rows"]:
         from fastsae import sparse  # loads triton: not at the top
@@ -283,7 +307,9 @@ class TrainStep:
             f"adam.{kind}.{p}": t
             for p, pair in self.moments.items()
             for kind, t in zip("mv", pair, strict=True)
+            if t is not None
         }
+        state |= {f"adam.behind.{p}": steps for p, steps in self._behind.items()}
         state |= {f"ema.{p}": w for p, w in (self._average or {}).items()}
         state["tokens_since_fired"] = self.tokens_since_fired
         state["progress"] = torch.tensor([self.n_done, self.n_tokens, self._none_dead_before])
@@ -294,6 +320,7 @@ class TrainStep:
         for name, mine in self.state_dict().items():
             mine.copy_(state[name])
         self._path.load_state_dict(state)
+        self._any_behind = True  # or none is; then to catch up changes nothing
         self.n_done, self.n_tokens, self._none_dead_before = (int(n) for n in state["progress"])
 
     def _rows(self) -> dict[str, Tensor]:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastsae import calibrate
+from fastsae.cache import cache_folder
 from fastsae.prepare import prepare
 
 CPU = torch.device("cpu")
@@ -39,6 +42,16 @@ def test_a_file_that_is_no_cache_is_made_again(text, measured, tmp_path):
 def test_a_folder_that_cannot_be_written_costs_the_cache_alone(measured, tmp_path):
     (tmp_path / "fastsae").write_text("a file")
     assert calibrate.crossover(CPU) == calibrate.crossover(CPU) == 0.07 and len(measured) == 2
+
+
+def test_whoever_has_no_home_has_a_cache_nevertheless(monkeypatch, tmp_path):
+    def expanduser(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cache_folder() == tmp_path / "fastsae"
 
 
 @pytest.mark.parametrize("cross, expected", [(0.05, 0.05), (0.001, 0.0), (0.9, 0.25)])

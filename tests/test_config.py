@@ -155,6 +155,24 @@ def test_auto_follows_the_table():
     assert relu.betas == (0.9, 0.999) and SAEConfig(4, 8).decoder_norm == "unit"
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"target_l0": 9.0}, "target_l0 = 9 is more than the 8 latents"),
+        ({"first_moment": "bf16"}, "no first moment is kept"),
+        ({"l1_coefficient": 1.0}, "l1_coefficient = 1.0 does not belong"),
+    ],
+)
+def test_a_step_of_jumprelu_refuses_by_name(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        resolved_step(StepConfig(**fields), SAEConfig(4, 8, activation="jumprelu"), 10)
+
+
+def test_false_turns_off_what_may_be_off():
+    step = StepConfig.model_validate({"grad_clip": False, "ema_decay": False})
+    assert step.grad_clip is None and step.ema_decay is None
+
+
 def test_default_k_is_no_more_than_there_are_latents():
     assert SAEConfig(4, 8, activation="topk").k == 8
     assert SAEConfig(4, 800, activation="topk").k == 32

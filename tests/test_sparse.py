@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
-from fastsae import losses
+import fastsae_kernels as ops
+from fastsae import losses, sparse
 from fastsae.config import StepConfig
 from fastsae.losses import Terms
 from fastsae.optim import lr_factor
 from fastsae.step import TrainStep
+from fastsae_kernels.codes import missing
 from tests.saes import BATCH, D_IN, D_SAE, FIELDS, KINDS, leaves, make_sae, weights
 
 WARMUP = {"l1_coefficient": 0.05, "l0_coefficient": 0.3}
@@ -117,11 +119,13 @@ def reference_curve(activation, xs):
     return torch.stack(found)
 
 
-def test_the_paths_may_change_within_a_run():
+@pytest.mark.parametrize("kind, fields", [("relu", {"l1_coefficient": 0.5}), ("topk", {"betas": (0.0, 0.9)})])
+def test_the_paths_may_change_within_a_run(kind, fields):
+    """Also where the sparse path leaves idle latents behind."""
     xs, ends = batches(20), []
     for order in (["dense"] * 20, ["sparse"] * 7 + ["dense"] * 6 + ["sparse"] * 7):
-        sae = make("relu")
-        steps = {p: TrainStep(sae, StepConfig(path=p, lr=1e-3, l1_coefficient=0.5), 20) for p in set(order)}
+        sae = make(kind, k=1, d_sae=200)
+        steps = {p: TrainStep(sae, StepConfig(path=p, lr=1e-3, **fields), 20) for p in set(order)}
         last = None
         for x, path in zip(xs, order, strict=True):
             if last is not None and path != last:
@@ -130,6 +134,49 @@ def test_the_paths_may_change_within_a_run():
             last = path
         ends.append(sae)
     assert_same_weights(*ends, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 7, D_SAE])
+def test_batchtopk_in_slots_that_hold_any_batch(k, monkeypatch):
+    """As on a GPU: a row may hold all of the batch's codes, and the step is the same."""
+    asked, seen = sparse.batchtopk_slots, []
+    for device_type in ("cpu", "cuda"):
+        monkeypatch.setattr(sparse, "batchtopk_slots", lambda *a, d=device_type: asked(*a[:3], d))
+        sae = make("batchtopk", k=k, dtype=torch.float64)
+        step = TrainStep(sae, StepConfig(path="sparse", precision="fp64", lr=1e-2, **FIELDS["batchtopk"]))
+        for x in batches(3, dtype=torch.float64):
+            x[5] *= 100  # wins nearly all of them
+            step(x)
+        seen.append((sae, step.read()))
+    assert_same_weights(seen[0][0], seen[1][0], rtol=1e-12, atol=1e-14)
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-12)
+    pre_acts = torch.zeros(BATCH, D_SAE)
+    pre_acts[3] = 1.0
+    width, n_tail = asked(BATCH, k, D_SAE, "cuda")
+    codes, _ = ops.select_batchtopk(pre_acts, k, width=width, n_tail=n_tail)
+    assert missing(codes) == 0 and int(codes.counts[3]) == min(BATCH * k, D_SAE)
+
+
+def test_without_a_first_moment_idle_latents_stay_to_the_bit():
+    """Nothing of them moves, their second moment decays when they are next active or asked for, and a resume has the same bits."""
+    sae, other = (make("topk", k=1, d_sae=200) for _ in range(2))
+    cfg = StepConfig(path="sparse", lr=1e-2, betas=(0.0, 0.9), auxk_coefficient=0.0)
+    step, resumed, n_idle = TrainStep(sae, cfg), TrainStep(other, cfg), 0
+    for x in batches(10):
+        before = {name: w.clone() for name, w in weights(sae).items()}
+        step(x)
+        idle = step.tokens_since_fired > 0
+        n_idle += int(idle.sum())
+        now = weights(sae)
+        assert torch.equal(now["W_dec"][idle], before["W_dec"][idle])
+        assert torch.equal(now["W_enc"][:, idle], before["W_enc"][:, idle])
+        assert not (now["W_dec"][~idle] == before["W_dec"][~idle]).all(1).any()
+    assert n_idle > 10 and "adam.m.W_dec" not in step.state_dict()
+    other.load_state_dict(sae.state_dict())
+    resumed.load_state_dict({name: t.clone() for name, t in step.state_dict().items()})
+    for x in batches(5, 1):
+        step(x), resumed(x)
+    assert_same_weights(sae, other, rtol=0, atol=0)
 
 
 def test_bf16_products_read_the_weights_as_they_are():
@@ -159,12 +206,12 @@ def test_a_loss_that_is_not_finite_moves_nothing(path, activation, norm, bad):
     xs = batches(3)
     step(xs[0])
     before = {k: v.clone() for k, v in weights(sae).items()}
-    moments = {k: [t.clone() for t in pair] for k, pair in step.moments.items()}
+    state = {name: t.clone() for name, t in step.state_dict().items() if name.startswith("adam.")}
     xs[1][3, 5] = bad
     step(xs[1])
     for name, w in weights(sae).items():
         assert torch.equal(w, before[name]), name
-        assert all(torch.equal(a, b) for a, b in zip(step.moments[name], moments[name], strict=True)), name
+    assert all(torch.equal(step.state_dict()[name], t) for name, t in state.items())
     step(xs[2])
     assert step.read()["first_bad_step"] == 1
     assert all(w.isfinite().all() and not torch.equal(w, before[name]) for name, w in weights(sae).items())

@@ -3,9 +3,12 @@
 One program sums a latent's row in registers, in a fixed order, and then projects it, steps Adam, renormalises the row and
 writes the copy that the next forward reads: the dense gradient never exists. Latents with more than `chunk` entries are
 first summed chunk by chunk by other programs (`_partial_kernel`), or the hottest latent alone would take longer than all others.
-Bound: memory, 24 bytes a weight (W, m, v read and written in fp32) and 2 for the copy, plus n_active * d * itemsize from L2.
+Bound: memory, 24 bytes a weight (W, m, v read and written in fp32; 16 without m, and none for a row that is left idle) and 2
+for the copy, plus n_active * d * itemsize from L2.
 Source: Kingma and Ba, arXiv:1412.6980, algorithm 1; the projection is Bricken et al., "Towards Monosemanticity" (2023).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -108,14 +111,18 @@ def _rows_kernel(
     bias_m_ptr,
     bias_v_ptr,
     scalars_ptr,
+    behind_ptr,
     beta1,
     beta1_rest,
     beta2,
     beta2_rest,
+    log2_beta2,
     eps,
     d,
     chunk,
     ADAM: tl.constexpr,
+    HAS_M: tl.constexpr,
+    LEAVE_IDLE: tl.constexpr,
     NORMS: tl.constexpr,
     HAS_W: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -134,7 +141,11 @@ def _rows_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < d
     start = tl.load(starts_ptr + latent)
-    end = tl.minimum(start + chunk, tl.load(starts_ptr + latent + 1))
+    end = tl.load(starts_ptr + latent + 1)
+    if LEAVE_IDLE:  # noqa: SIM102  as above
+        if start == end:
+            return
+    end = tl.minimum(start + chunk, end)
     row, total = _sum_entries(
         owners_ptr, slots_ptr, coefficients_ptr, source_ptr, start, end, cols, d, UNROLL
     )
@@ -160,26 +171,34 @@ def _rows_kernel(
         if PROJECT:
             row -= tl.sum(row * w, axis=0) * w
     if ADAM:
-        m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        row *= grad_scale
+        m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32) if HAS_M else row
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-        w, m, v = _adam(
-            row * grad_scale, w, m, v, step_size, per_root_c2, beta1, beta1_rest, beta2, beta2_rest, eps
-        )
+        if LEAVE_IDLE:
+            decay = tl.exp2(tl.load(behind_ptr + latent).to(tl.float32) * log2_beta2)
+            v *= decay
+        w, m, v = _adam(row, w, m, v, step_size, per_root_c2, beta1, beta1_rest, beta2, beta2_rest, eps)
         if RENORMALISE:
             # unused lanes are 0 / 0 where eps is 0
             w = tl.where(mask, w, 0.0)
             w = w / _norm(w)
         tl.store(w_ptr + offsets, w, mask=mask)
-        tl.store(m_ptr + offsets, m.to(m_ptr.dtype.element_ty), mask=mask)
+        if HAS_M:
+            tl.store(m_ptr + offsets, m.to(m_ptr.dtype.element_ty), mask=mask)
         tl.store(v_ptr + offsets, v, mask=mask)
         if HAS_SHADOW:
             tl.store(shadow_ptr + offsets, w.to(shadow_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
+            total *= grad_scale
+            m_b = tl.load(bias_m_ptr + latent) if HAS_M else total
+            v_b = tl.load(bias_v_ptr + latent)
+            if LEAVE_IDLE:
+                v_b *= decay
             b, m_b, v_b = _adam(
-                total * grad_scale,
+                total,
                 tl.load(bias_ptr + latent),
-                tl.load(bias_m_ptr + latent),
-                tl.load(bias_v_ptr + latent),
+                m_b,
+                v_b,
                 step_size,
                 per_root_c2,
                 beta1,
@@ -189,7 +208,8 @@ def _rows_kernel(
                 eps,
             )
             tl.store(bias_ptr + latent, b, mask=first_block)
-            tl.store(bias_m_ptr + latent, m_b, mask=first_block)
+            if HAS_M:
+                tl.store(bias_m_ptr + latent, m_b, mask=first_block)
             tl.store(bias_v_ptr + latent, v_b, mask=first_block)
     else:
         tl.store(g_b_ptr + latent, total, mask=first_block)
@@ -259,8 +279,9 @@ def rows_triton(
     bias: Tensor | None = None,
     bias_m: Tensor | None = None,
     bias_v: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> None:
-    """Write g_b and g_W, or g_b and squares [n, blocks of a row], or update W in place where its moments are given."""
+    """Write g_b and g_W, or g_b and squares [n, blocks of a row], or update W in place where v is given."""
     partials, partial_sums = _partials(t, coefficients, source)
     blocks, num_warps, n_blocks = _config(source.shape[1], whole=project or renormalise or l1_rows)
     launch(
@@ -286,15 +307,19 @@ def rows_triton(
         bias_m_ptr=bias_m,
         bias_v_ptr=bias_v,
         scalars_ptr=scalars,
+        behind_ptr=behind,
         # subtracted in fp64: in fp32, 1 - 0.999 is off by 1e-5 of itself
         beta1=betas[0],
         beta1_rest=1 - betas[0],
         beta2=betas[1],
         beta2_rest=1 - betas[1],
+        log2_beta2=math.log2(max(betas[1], 1e-30)),
         eps=eps,
         d=source.shape[1],
         chunk=t.chunk,
-        ADAM=m is not None,
+        ADAM=v is not None,
+        HAS_M=m is not None,
+        LEAVE_IDLE=behind is not None,
         NORMS=squares is not None,
         HAS_W=W is not None,
         PROJECT=project,
@@ -304,6 +329,11 @@ def rows_triton(
         HAS_SHADOW=shadow is not None,
         **blocks,
     )
+    if (
+        behind is not None and scalars is not None
+    ):  # not in the kernel: a row may have several programs, and each reads it
+        moves = scalars[5] == 0
+        behind.add_(moves).masked_fill_((t.starts.diff() > 0) & moves, 0)
 
 
 def norms_triton(

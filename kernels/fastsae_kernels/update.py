@@ -115,8 +115,12 @@ def _row_gradients(
     *,
     l1: float | None,
     project: bool,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Block of rows by block, so that each gradient is used while it is in the cache. Waits for the device."""
+    latents: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """Block of rows by block, so that each gradient is used while it is in the cache; beside it the rows of W. Waits for the device.
+
+    Where `latents` says which rows of W those of t are, they are copies.
+    """
     n, size = len(sums), max(BLOCK // max(source.shape[1], 1), 1)
     bounds = [*range(0, n, size), n]
     starts = t.starts[bounds].tolist()
@@ -124,14 +128,15 @@ def _row_gradients(
         rows, here = slice(first, bounds[i + 1]), slice(starts[i], starts[i + 1])
         offsets = t.starts[first : bounds[i + 1] + 1] - starts[i]
         g = _bag_sums(taken[here], t.owners[here], offsets, source)
+        w = None
         if W is not None:
-            w = W[rows]
+            w = W[rows] if latents is None else W.index_select(0, latents[rows])
             if l1 is not None:
                 norm = torch.linalg.vector_norm(w, dim=-1).clamp_(min=torch.finfo(w.dtype).tiny)
                 g.addcmul_(w, (l1 * sums[rows] / norm)[:, None])
             if project:
                 g.addcmul_(w, torch.linalg.vecdot(g, w)[:, None], value=-1)
-        yield rows, g
+        yield rows, w, g
 
 
 def _grad_norms_torch(
@@ -148,7 +153,7 @@ def _grad_norms_torch(
     taken, g_b = _taken(t, coefficients, source.dtype)
     l1 = float(scalars[4]) if scalars is not None and l1_rows else None
     squares = torch.empty_like(g_b)
-    for rows, g in _row_gradients(t, taken, g_b, source, W, l1=l1, project=project):
+    for rows, _, g in _row_gradients(t, taken, g_b, source, W, l1=l1, project=project):
         torch.linalg.vecdot(g, g, out=squares[rows])
     return squares, g_b
 
@@ -158,7 +163,7 @@ def _update_rows_torch(
     coefficients: Tensor,
     source: Tensor,
     W: Tensor,
-    m: Tensor,
+    m: Tensor | None,
     v: Tensor,
     *,
     scalars: Tensor,
@@ -171,6 +176,7 @@ def _update_rows_torch(
     bias: Tensor | None,
     bias_m: Tensor | None,
     bias_v: Tensor | None,
+    behind: Tensor | None,
 ) -> None:
     lr, c1, c2, grad_scale, l1, skip = scalars.tolist()
     if skip:
@@ -181,8 +187,8 @@ def _update_rows_torch(
     root_c2 = c2**0.5
     never = torch.full((), float("inf"), device=W.device)
 
-    def adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
-        wide = m.to(w.dtype)
+    def adam(w: Tensor, g: Tensor, m: Tensor | None, v: Tensor) -> None:
+        wide = g if m is None else m.to(w.dtype)  # without one, the gradient is its own first moment
         torch._fused_adam_(
             [w],
             [g],
@@ -198,21 +204,46 @@ def _update_rows_torch(
             amsgrad=False,
             maximize=False,
         )
-        if wide is not m:
+        if m is not None and wide is not m:
             m.copy_(wide)
+
+    latents = decay = None
+    if behind is not None:
+        decay, active = torch.pow(betas[1], behind.to(W.dtype)), t.starts.diff() > 0
+        behind.add_(1)
+        if 4 * int(active.sum()) < len(active):
+            latents = active.nonzero().squeeze(1)
+            t = t._replace(starts=torch.cat([t.starts[latents], t.starts[-1:]]))
+            decay = decay[latents]
+            behind[latents] = 0
+        else:  # faster than to gather the active ones; none is left behind
+            behind.zero_()
 
     taken, sums = _taken(t, coefficients, W.dtype)
     taken, sums = taken * grad_scale, sums * grad_scale  # here, since the gradient is linear in them
     l1 = l1 if l1_rows else None
-    for rows, g in _row_gradients(t, taken, sums, source.to(W.dtype), W, l1=l1, project=project):
-        w = W[rows]
-        adam(w, g, m[rows], v[rows])
+    blocks = _row_gradients(t, taken, sums, source.to(W.dtype), W, l1=l1, project=project, latents=latents)
+    for rows, w, g in blocks:
+        assert w is not None
+        here = rows if latents is None else latents[rows]
+        own_v = v[here]
+        if decay is not None:
+            own_v.mul_(decay[rows, None])
+        adam(w, g, None if m is None else m[rows], own_v)
         if renormalise:
             w.div_(torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp_(min=tiny))
+        if latents is not None:
+            W[here], v[here] = w, own_v
         if shadow is not None:
-            shadow[rows] = w
-    if bias is not None and bias_m is not None and bias_v is not None:
-        adam(bias, sums, bias_m, bias_v)
+            shadow[here] = w.to(shadow.dtype)
+    if bias is not None and bias_v is not None:
+        here = slice(None) if latents is None else latents
+        b, own_v = bias[here], bias_v[here]
+        if decay is not None:
+            own_v.mul_(decay)
+        adam(b, sums, bias_m, own_v)
+        if latents is not None:
+            bias[here], bias_v[here] = b, own_v
 
 
 @op("grad_rows")
@@ -295,7 +326,7 @@ def _(
     return squares, torch.empty_like(squares)
 
 
-@op("update_rows", mutates_args=("W", "m", "v", "shadow", "bias", "bias_m", "bias_v"))
+@op("update_rows", mutates_args=("W", "m", "v", "shadow", "bias", "bias_m", "bias_v", "behind"))
 def _update_rows(
     starts: Tensor,
     owners: Tensor,
@@ -307,7 +338,7 @@ def _update_rows(
     coefficients: Tensor,
     source: Tensor,
     W: Tensor,
-    m: Tensor,
+    m: Tensor | None,
     v: Tensor,
     scalars: Tensor,
     beta1: float,
@@ -320,6 +351,7 @@ def _update_rows(
     bias: Tensor | None,
     bias_m: Tensor | None,
     bias_v: Tensor | None,
+    behind: Tensor | None,
 ) -> None:
     form = rows_triton if backend(W) == "triton" else _update_rows_torch
     form(
@@ -339,6 +371,7 @@ def _update_rows(
         bias=bias,
         bias_m=bias_m,
         bias_v=bias_v,
+        behind=behind,
     )
 
 
@@ -413,7 +446,7 @@ def update_rows(
     coefficients: Tensor,
     source: Tensor,
     W: Tensor,
-    m: Tensor,
+    m: Tensor | None,
     v: Tensor,
     *,
     scalars: Tensor,
@@ -426,14 +459,15 @@ def update_rows(
     bias: Tensor | None = None,
     bias_m: Tensor | None = None,
     bias_v: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> None:
     """One step of Adam on W [d_sae, d] in place, with the gradient that `grad_rows` returns, which is never stored.
 
-    Every row moves, those without entries by momentum, as in torch.optim.Adam.
+    Every row moves, those without entries by momentum, as in torch.optim.Adam; where there is none (betas[0] = 0), they may be left.
 
     Args:
         t, coefficients, source: as in `grad_rows`.
-        W, m, v: fp32 (fp64: plain torch) [d_sae, d], contiguous; m may be bf16.
+        W, m, v: fp32 (fp64: plain torch) [d_sae, d], contiguous; m may be bf16, and must be None where there is `behind`.
         scalars: [6] on the device, fp32 or W's dtype: learning rate; 1 - beta1^t; 1 - beta2^t; what to multiply the
             gradient by (clipping), last; the L1 coefficient over the batch, for l1_rows; nonzero to leave everything as it is.
         betas, eps: Adam's.
@@ -442,22 +476,33 @@ def update_rows(
         renormalise: bring the new rows to norm 1.
         l1_rows: add the gradient of scalars[4] * sum_e coefficient_e * ||W_j||, coefficients held. On a GPU these three are for d
             up to 16384.
-        bias, bias_m, bias_v: [d_sae] in W's dtype; a step of Adam with g_b.
+        bias, bias_m, bias_v: [d_sae] in W's dtype; a step of Adam with g_b. bias_m is None where m is.
+        behind: int32 [d_sae], zeros at first, where betas[0] = 0: rows without entries may be left as they are, v included. Counts for
+            how many steps row j was; its v decays for these when it has entries again. Of one W, and nobody else's.
     Raises: ValueError for a shape, dtype, device or layout that does not fit.
     """
     _check(t, coefficients, source)
     n, d = t.starts.shape[0] - 1, source.shape[1]
     own = (W.dtype,)
     check("W", W, (n, d), dtypes=(torch.float32, torch.float64), like=source)
-    check("m", m, (n, d), dtypes=(*own, torch.bfloat16), like=source)
+    if m is not None:
+        check("m", m, (n, d), dtypes=(*own, torch.bfloat16), like=source)
+    if m is None and betas[0]:
+        raise ValueError(f"m is None, but betas[0] is {betas[0]}: what it remembers has no place")
+    if behind is not None:
+        check("behind", behind, (n,), dtypes=(torch.int32,), like=source)
+        if m is not None:
+            raise ValueError(
+                "behind leaves rows without entries as they are, so m must be None, and betas[0] 0"
+            )
     check("v", v, (n, d), dtypes=own, like=source)
     check("scalars", scalars, (6,), dtypes=(torch.float32, *own), like=source)
     if project or renormalise or l1_rows:
         _check_whole_rows(W, d)
     if shadow is not None:
         check("shadow", shadow, (n, d), like=source)
-    if len({bias is None, bias_m is None, bias_v is None}) > 1:
-        raise ValueError("bias, bias_m and bias_v must be given together")
+    if (bias is None) != (bias_v is None) or (bias_m is None) != (bias is None or m is None):
+        raise ValueError("bias, bias_m and bias_v must be given together, without bias_m where m is None")
     for name, tensor in (("bias", bias), ("bias_m", bias_m), ("bias_v", bias_v)):
         if tensor is not None:
             check(name, tensor, (n,), dtypes=own, like=source)
@@ -478,4 +523,5 @@ def update_rows(
         bias,
         bias_m,
         bias_v,
+        behind,
     )

@@ -102,10 +102,14 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
         return lambda: _encode_triton(x, W_dec.T, empty(s.n), False, s.dtype, variant)
 
     def update_rows(**options: Any) -> None:
-        states = {name: empty(s.n, s.d) for name in ("W", "m", "v")}
+        states: dict[str, Any] = {name: empty(s.n, s.d) for name in ("W", "m", "v")}
+        bias: dict[str, Any] = {name: empty(s.n) for name in ("bias", "bias_m", "bias_v")}
         if options.pop("bf16_m", False):
             states["m"] = empty(s.n, s.d, dtype=torch.bfloat16)
-        bias = {name: empty(s.n) for name in ("bias", "bias_m", "bias_v")} if options.pop("bias") else {}
+        if options.pop("leave_idle", False):
+            states["m"] = bias["bias_m"] = None
+            states["behind"] = integers(s.n)
+        bias = bias if options.pop("bias") else {}
         adam = {"scalars": empty(6), "betas": (0.9, 0.999), "eps": 1e-8, "shadow": of(s.n, s.d)}
         rows_triton(csc, empty(s.batch, s.k), x, **states, **adam, **bias, **options)
 
@@ -144,6 +148,8 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
         return
     yield "W_enc", lambda: update_rows(bias=True)
     yield "bf16 m", lambda: update_rows(project=True, renormalise=True, bias=False, bf16_m=True)
+    yield "W_enc without m", lambda: update_rows(bias=True, leave_idle=True)
+    yield "W_dec without m", lambda: update_rows(project=True, renormalise=True, bias=False, leave_idle=True)
     yield "free W_dec", lambda: update_rows(l1_rows=True, bias=False)
     yield "relu stored", lambda: _encode_triton(x, W_dec.T, empty(s.n), True, s.dtype, "fused")
     yield "jumprelu", lambda: _select_threshold_triton(pre, group_max, norms, 0.1, s.k, 64)

@@ -163,9 +163,9 @@ def test_nan_and_inf_stay_in_their_rows(name, device):
 class Oracle:
     """torch.optim.Adam on dense gradients in `dtype`, with the projection and renormalisation around it."""
 
-    def __init__(self, W, bias, dtype, lr, flags, scale, l1):
+    def __init__(self, W, bias, dtype, lr, flags, scale, l1, betas=BETAS):
         self.W, self.bias = (a.to(dtype).clone().requires_grad_() for a in (W, bias))
-        self.adam = torch.optim.Adam([self.W, self.bias], lr=lr, betas=BETAS, eps=EPS)
+        self.adam = torch.optim.Adam([self.W, self.bias], lr=lr, betas=betas, eps=EPS)
         self.flags, self.scale, self.l1, self.dtype = flags, scale, l1, dtype
 
     def step(self, codes, source, d_sae):
@@ -261,6 +261,50 @@ def test_twenty_steps_are_adam(name, dtype, flags, device):
     assert_close({k: a.cpu() for k, a in got.items()}, rival.tensors(), truth.tensors())
     if own == torch.float64:  # no hiding behind the fp32 rival
         assert_close({k: a.cpu() for k, a in got.items()}, truth.tensors(), truth.tensors())
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=["plain", "unit", "free"])
+@pytest.mark.parametrize("name, dtype", ADAM_FORMS, ids=str)
+def test_idle_rows_left_behind_are_adam_too(name, dtype, flags, device):
+    """betas[0] = 0: twelve steps in which rows that are left stay to the bit; what they are behind is made up for at the end."""
+    batch, n, d, lr, scale, l1, beta2 = 5, 23, 17, 2.0**-9, 0.75, 2.0**-4, 0.75
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    got = state(n, d, device, own)
+    oracles = [
+        Oracle(got["W"].cpu().to(o), got["bias"].cpu(), o, lr, flags, scale, l1, betas=(0.0, beta2))
+        for o in (torch.float64, torch.float32)
+    ]
+    got |= {"m": None, "bias_m": None, "shadow": got["W"].clone()}
+    behind, n_left = torch.zeros(n, dtype=torch.int32, device=device), 0
+    for step in range(1, 13):
+        codes = make_codes(batch, n, 3 if step % 3 == 1 else 1, seed=step, hot=step % 2 == 0)
+        source = torch.randn(batch, d, generator=torch.Generator().manual_seed(step)).to(dtype)
+        for oracle in oracles:
+            oracle.step(codes, source, n)
+        on_device, before = to(codes, device), {k: a.clone() for k, a in got.items() if a is not None}
+        with use_backend(name):
+            t = transpose(on_device, n, chunk=2)
+            update_rows(
+                t,
+                on_device.values.to(own),
+                source.to(device),
+                **got,
+                scalars=torch.tensor([lr, 1, 1 - beta2**step, scale, l1, 0], dtype=own, device=device),
+                betas=(0.0, beta2),
+                eps=EPS,
+                behind=behind,
+                **flags,
+            )
+        left, idle = behind > 0, t.starts.diff() == 0
+        n_left += int(left.sum())
+        assert torch.equal(left, idle) or (name == "torch" and not left.any())
+        assert all(torch.equal(got[k][left], a[left]) for k, a in before.items())
+        assert torch.equal(got["shadow"], got["W"])
+    assert n_left > 5 and behind.any()
+    for key in ("v", "bias_v"):
+        got[key] *= (beta2 ** behind.to(own)).view(-1, *[1] * (got[key].ndim - 1))
+    truth, rival = ({k: a for k, a in o.tensors().items() if "m" not in k} for o in oracles)
+    assert_close({k: got[k].cpu() for k in truth}, rival, truth)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
@@ -527,7 +571,14 @@ def test_opcheck(name, device):
         arguments = (got["W"], got["m"], got["v"], scalars_at(1, 0.01, device), *BETAS, EPS, got["W"].half())
         biases = (got["bias"], got["bias_m"], got["bias_v"])
         torch.library.opcheck(
-            ops.update_rows.default, (*t, codes.values, source, *arguments, True, True, False, *biases)
+            ops.update_rows.default, (*t, codes.values, source, *arguments, True, True, False, *biases, None)
+        )
+        behind = torch.ones(7, dtype=torch.int32, device=device)
+        arguments = (got["W"], None, got["v"], scalars_at(1, 0.01, device), 0.0, 0.9, EPS, None)
+        biases = (got["bias"], None, got["bias_v"])
+        torch.library.opcheck(
+            ops.update_rows.default,
+            (*t, codes.values, source, *arguments, True, True, False, *biases, behind),
         )
 
 
@@ -570,5 +621,9 @@ def test_errors(device):
         update_rows(t, values, source, W, m, v, **{**rest, "scalars": rest["scalars"][:5]})
     with pytest.raises(ValueError, match=r"given together"):
         update_rows(t, values, source, W, m, v, **rest, bias=got["bias"])
+    with pytest.raises(ValueError, match=r"m is None, but betas\[0\] is 0.9"):
+        update_rows(t, values, source, W, None, v, **rest)
+    with pytest.raises(ValueError, match=r"behind leaves rows .* m must be None"):
+        update_rows(t, values, source, W, m, v, **rest, behind=torch.zeros(7, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"shadow is \[7, 8\]"):
         update_rows(t, values, source, W, m, v, **rest, shadow=W[:, :8].half())

@@ -48,7 +48,7 @@ def predict(
 def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:
     """Weights, their moments (no first where it would forget at once), the running mean, and bf16 copies that the products read."""
     copies = 2 if step.precision == "bf16" and step.path != "dense" else 0
-    element = 8 if step.precision == "fp64" else 4
+    element = _master_bytes(step)
     saved = element - 2 if step.first_moment == "bf16" else 0
     matrices = shape.d_sae * (shape.d_in + (shape.d_out or shape.d_in))
     assert step.betas != "auto"
@@ -64,7 +64,7 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
     assert step.crossover != "auto"
     if step.accumulate > 1:  # by the piece, with all gradients twice: the sum, and those of a piece
         whole = step.model_copy(update={"accumulate": 1})
-        summed = (8 if step.precision == "fp64" else 4) * n_parameters(shape)
+        summed = _master_bytes(step) * n_parameters(shape)
         return 2 * summed + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
     n_codes = shape.k or max(round(step.crossover * shape.d_sae), 1)
     always_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae
@@ -79,7 +79,7 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
 def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
     """pre_acts and acts, then acts and their gradient, beside the first weight gradient; or all gradients as they are projected."""
     n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
-    half, element = step.precision == "bf16", 8 if step.precision == "fp64" else 4
+    half, element = step.precision == "bf16", _master_bytes(step)
     compute = 2 if half else element
     wide = DENSE[shape.activation] + (AUXK if step.auxk_coefficient else 0)
     wide += SMOOTH if step.l0_loss == "tanh" else 0
@@ -99,7 +99,7 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
     from fastsae_kernels.encode_codes import chunk_rows
 
     n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
-    half, element = step.precision == "bf16", 8 if step.precision == "fp64" else 4
+    half, element = step.precision == "bf16", _master_bytes(step)
     compute = 2 if half else element
     chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     rows, auxk = batch * 2 * d_in * element, 0
@@ -118,6 +118,11 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
         wide += n * d_in * 4
         select = max(select, min(chunk, CHUNK_ROWS) * n * 4)
     return round(rows + max(wide + select, decode, auxk))
+
+
+def _master_bytes(step: StepConfig) -> int:
+    """Of a parameter, a moment or a gradient."""
+    return 8 if step.precision == "fp64" else 4
 
 
 def n_parameters(shape: SAEConfig) -> int:

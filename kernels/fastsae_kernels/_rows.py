@@ -329,9 +329,8 @@ def rows_triton(
         HAS_SHADOW=shadow is not None,
         **blocks,
     )
-    if (
-        behind is not None and scalars is not None
-    ):  # not in the kernel: a row may have several programs, and each reads it
+    if behind is not None:  # not in the kernel: a row may have several programs, and each reads it
+        assert scalars is not None
         moves = scalars[5] == 0
         behind.add_(moves).masked_fill_((t.starts.diff() > 0) & moves, 0)
 

@@ -111,6 +111,19 @@ def has_sparse_ops(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda")
 
 
+def may_ask(device: torch.device) -> bool:
+    """Whether sizes may follow the data: where a look at a number waits for nobody."""
+    return device.type == "cpu"
+
+
+def batchtopk_slots(batch: int, k: int, d_sae: int, device: torch.device) -> tuple[int | None, int]:
+    """Slots per row and rows behind the batch that hold batch * k codes however they fall, where nobody may be asked for the fullest row."""
+    if may_ask(device):
+        return None, 0
+    width = min(2 * k, d_sae)
+    return width, batch * k // width
+
+
 def largest(values: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
     """1 at the k largest positive values of each row, or at all where there are fewer, else 0; ties go to the smallest index."""
     if has_sparse_ops(values):
@@ -131,14 +144,22 @@ def largest_of_batch(values: Float[Tensor, "batch n"], k: int) -> Float[Tensor, 
     if has_sparse_ops(values) and len(values):
         from fastsae_kernels import select_batchtopk  # loads triton: not at the top
 
-        return _mask(select_batchtopk(values.detach().contiguous(), k)[0], values.shape[1])
+        width, n_tail = batchtopk_slots(len(values), k, values.shape[1], values.device)
+        codes, _ = select_batchtopk(values.detach().contiguous(), k, width=width, n_tail=n_tail)
+        return _mask(codes, values.shape[1])
     return largest(values.reshape(1, -1), k * len(values)).view(values.shape)
 
 
 def _mask(codes: "fastsae_kernels.Codes", n: int) -> Float[Tensor, "batch n"]:
     """1 where there is a code that is not 0; added up, since the free slots all name latent 0."""
     taken = (codes.values != 0).to(codes.values.dtype)
-    return taken.new_zeros(len(taken), n).scatter_add_(1, codes.indices.long(), taken)
+    if codes.tail_starts is None:
+        return taken.new_zeros(len(taken), n).scatter_add_(1, codes.indices.long(), taken)
+    from fastsae_kernels.codes import rows  # loads triton: not at the top
+
+    at = rows(codes).owners.long()[:, None] * n + codes.indices
+    mask = taken.new_zeros(len(codes.counts) * n).scatter_add_(0, at.flatten(), taken.flatten())
+    return mask.view(-1, n)
 
 
 def to_codes(acts: Float[Tensor, "*batch d_sae"], width: int | None = None) -> Codes:

@@ -174,6 +174,8 @@ class StepConfig(Section):
     crossover: Literal["auto"] | Share = "auto"
     """Share of active latents up to which path "auto" is sparse; "auto" is measured once per machine (by TrainStep alone: 1/16 on a
     CPU, 1/100 on a GPU)."""
+    cuda_graph: bool = True
+    """Record the step on a GPU once and replay it: one launch in place of a hundred."""
     lr: Literal["auto"] | PositiveFloat = "auto"
     """Learning rate of Adam after warm-up; "auto": 3e-4 for relu, 7e-5 for jumprelu, else 2e-4 / sqrt(d_sae / 2^14)."""
     betas: Literal["auto"] | tuple[Beta, Beta] = "auto"

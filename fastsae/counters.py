@@ -21,6 +21,10 @@ class StepOutput(NamedTuple):
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]
 
+    def copy(self) -> Self:
+        """In memory of its own."""
+        return type(self)(*torch.stack([*self]).unbind())
+
     @classmethod
     def of(cls, mse: Tensor, l1: Tensor, l0_loss: Tensor, auxk: Tensor, l0: Tensor, terms: Terms) -> Self:
         """With the loss as the weighted sum of its terms."""

@@ -5,7 +5,7 @@ differentiates.
 from typing import NamedTuple, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastsae.activations import activate, smallest_active, times_active_, where_active
@@ -26,6 +26,8 @@ class Gradients(NamedTuple):
     """batchtopk: the smallest selected pre-activation."""
     n_codes: Float[Tensor, ""]
     """Codes per input on the sparse path: l0, for jumprelu with what lies in the band below the threshold."""
+    fullest: Int[Tensor, ""] | None = None
+    """Codes of the fullest row, on the sparse path."""
 
     def times(self, share: float) -> Self:
         """As a share of a mean over more rows; the gradients in place."""
@@ -44,6 +46,9 @@ class Gradients(NamedTuple):
             fired=self.fired | other.fired,
             level=None if self.level is None or other.level is None else self.level + other.level,
             n_codes=self.n_codes + other.n_codes,
+            fullest=None
+            if self.fullest is None or other.fullest is None
+            else self.fullest.maximum(other.fullest),
         )
 
 

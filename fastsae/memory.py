@@ -9,6 +9,7 @@ import torch
 
 from fastsae.config import RunConfig, SAEConfig, StepConfig
 from fastsae.errors import ConfigError, first_line
+from fastsae.paths import first_slots
 from fastsae.ring import rows_held
 
 # On the dense path, tensors of [batch, d_sae] that live at once; AuxK and the smooth L0 count add to them. A bool counts a quarter.
@@ -59,21 +60,27 @@ def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:
 def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
     """The most that a step holds beside weights and moments, on the hungrier of the paths that it may take.
 
-    On the sparse path of relu and jumprelu for as many codes as let "auto" take it. AuxK is in it from the start.
+    On the sparse path of relu and jumprelu for as many codes as let "auto" take it; on a GPU for as many slots as it begins with, and
+    the dense path too, which takes what does not fit there. AuxK is in it from the start.
     """
     assert step.crossover != "auto"
     if step.accumulate > 1:  # by the piece, with all gradients twice: the sum, and those of a piece
         whole = step.model_copy(update={"accumulate": 1})
         summed = _master_bytes(step) * n_parameters(shape)
         return 2 * summed + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
+    on_gpu = device_type == "cuda"
+    may_overflow = on_gpu and shape.k is None
     n_codes = shape.k or max(round(step.crossover * shape.d_sae), 1)
+    if may_overflow:
+        n_codes = first_slots(step.crossover, shape.d_sae)
     always_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae
     sizes = []
-    if step.path == "dense" or (step.path == "auto" and not always_sparse):
+    if step.path == "dense" or (step.path == "auto" and not always_sparse) or may_overflow:
         sizes.append(dense_bytes(shape, step, batch))
     if step.path != "dense":
         sizes.append(sparse_bytes(shape, step, batch, n_codes=n_codes, device_type=device_type))
-    return max(sizes)
+    recorded = on_gpu and step.cuda_graph  # then the step has a place of its own for what it is given
+    return max(sizes) + recorded * batch * shape.d_in * _master_bytes(step)
 
 
 def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
@@ -109,7 +116,7 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
         auxk = n * (d_in + d_out) * element + batch * (step.k_aux * CODE_BYTES + 2 * d_out * element)
         n_codes = max(n_codes, step.k_aux)
     if step.l0_loss == "tanh" and shape.decoder_norm == "free":  # writes its gradients out
-        auxk = decode + n * (d_in + 2 * d_out) * element + (batch * d_in * element if half else 0)
+        auxk = n * (d_in + 2 * d_out) * element + batch * n_codes * CODE_BYTES
     n_groups = -(-n // GROUP)
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
     select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * CODE_BYTES)

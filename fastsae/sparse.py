@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import fastsae_kernels as ops
+from fastsae.activations import batchtopk_slots, may_ask
 from fastsae.config import StepConfig
 from fastsae.losses import Terms, aux_weight, l0, l0_slope, smooth_count
 from fastsae.optim import clip_scale
@@ -78,7 +79,11 @@ class Shadows:
             return None
         if self._stamps.get(name) != self._stamp(name):
             latent_major = parameter.detach().T if name == "W_enc" else parameter.detach()
-            self._copies[name] = latent_major.to(self._dtype, memory_format=torch.contiguous_format)
+            if name not in self._copies or self._copies[name].shape != latent_major.shape:
+                self._copies[name] = torch.empty(
+                    latent_major.shape, dtype=self._dtype, device=latent_major.device
+                )
+            self._copies[name].copy_(latent_major)
             self._stamps[name] = self._stamp(name)
         return self._copies[name]
 
@@ -102,15 +107,19 @@ def forward(
     x: Float[Tensor, "batch d_in"],
     target: Float[Tensor, "batch d_out"],
     terms: Terms,
+    width: int | None = None,
 ) -> Pass:
-    """Codes, loss and gradients at the codes, for inputs in scaled units. W_encT and W_dec are the products' operands."""
+    """Codes, loss and gradients at the codes, for inputs in scaled units. W_encT and W_dec are the products' operands.
+
+    width: slots per row for relu and jumprelu; codes beyond it are left out. None: as many as the fullest row needs, by asking.
+    """
     cfg, acc = sae.cfg, sae.b_enc.dtype
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(W_encT.dtype)
     level = None
     if cfg.activation == "batchtopk":  # looks at the whole batch: pre_acts are not taken by chunks of rows
         assert cfg.k is not None
         pre_acts, group_max = ops.encode(centred, W_encT.T, sae.b_enc)
-        width, n_tail = batchtopk_slots(len(x), cfg.k, cfg.d_sae, x.device.type)
+        width, n_tail = batchtopk_slots(len(x), cfg.k, cfg.d_sae, x.device)
         codes, level = ops.select_batchtopk(pre_acts, cfg.k, group_max, width=width, n_tail=n_tail)
     else:
         codes = ops.encode_codes(
@@ -120,7 +129,8 @@ def forward(
             k=cfg.k,
             threshold=sae.threshold,
             bandwidth=terms.bandwidth,
-            width=None,
+            width=width,
+            n_tail=None if width is None else 0,
         )
     norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else None
     l1 = (
@@ -133,14 +143,6 @@ def forward(
     return (
         main if sae.threshold is None or level is not None else _jumprelu(sae.threshold, main, norms, terms)
     )
-
-
-def batchtopk_slots(batch: int, k: int, d_sae: int, device_type: str) -> tuple[int | None, int]:
-    """Slots per row and rows behind the batch that hold batch * k codes however they fall, so that a GPU is not asked for the fullest row."""
-    if device_type == "cpu":
-        return None, 0
-    width = min(2 * k, d_sae)
-    return width, batch * k // width
 
 
 def _jumprelu(threshold: Tensor, main: Pass, norms: Tensor | None, terms: Terms) -> Pass:
@@ -200,7 +202,7 @@ def aux(
 
 def _dead_codes(x: Tensor, W_encT: Tensor, b_enc: Tensor, dead_mask: Tensor, k_aux: int) -> ops.Codes:
     """Codes of the k_aux largest positive pre-activations among dead latents."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():  # no wait: a bias of -inf is never selected
+    if not may_ask(x.device) or torch.compiler.is_compiling():  # a bias of -inf is never selected
         return ops.encode_codes(x, W_encT.T, b_enc.masked_fill(~dead_mask, float("-inf")), k=k_aux)
     dead = dead_mask.nonzero().squeeze(1)
     if not len(dead):
@@ -255,11 +257,12 @@ def update(
     scalars: Float[Tensor, "6"],
     betas: tuple[float, float],
     behind: dict[str, Int[Tensor, " d_sae"]],
+    fits: Bool[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Step W_dec, W_enc and b_enc in place; the gradient's global norm before clipping, and the gradients of the other parameters.
 
     bias: b_enc and its moments. scalars: update_rows'; [3] is set to the clipping factor, and [5] where the loss or the norm is not
-    finite: then nothing moves. behind: update_rows', by matrix, where betas[0] is 0.
+    finite or where `fits` is not: then nothing moves. behind: update_rows', by matrix, where betas[0] is 0.
     """
     unit, values, out, t = sae.cfg.decoder_norm == "unit", main.codes.values, main.out, main.t
     l1_rows = not unit and cfg.l1_coefficient is not None
@@ -272,7 +275,8 @@ def update(
     norm = torch.stack([s.to(sae.b_enc.dtype) for s in squares]).sum().sqrt()
     if cfg.grad_clip is not None:
         scalars[3] = clip_scale(norm, cfg.grad_clip)
-    scalars[5] = ~(out.finite & norm.isfinite())
+    finite = out.finite & norm.isfinite()
+    scalars[5] = ~(finite if fits is None else finite & fits)
     ops.update_rows(
         t,
         values,

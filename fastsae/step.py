@@ -4,9 +4,9 @@ No autograd graph; figures are added up on the device, and `read` fetches them. 
 same numbers: dense.py for many active latents, sparse.py for few.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,10 +16,11 @@ from fastsae.config import SAEConfig, StepConfig, resolved_step
 from fastsae.counters import Counters, StepOutput
 from fastsae.dense import Gradients, gradients
 from fastsae.errors import ConfigError
+from fastsae.graphs import CudaGraph, Graphs, Recorder
 from fastsae.losses import Terms
 from fastsae.metrics import short_count
 from fastsae.optim import adam_, clip_scale, global_norm, lr_factor, normalise_rows_, project_rows_, ramp
-from fastsae.paths import PathChoice
+from fastsae.paths import Capacity, PathChoice
 from fastsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ THRESHOLD_RATE = 0.01  # of batchtopk's running threshold per step, SAELens' top
 
 
 class Scalars(NamedTuple):
-    """What changes from step to step, on the device: a captured step follows it."""
+    """What changes from step to step, on the device: a recorded step follows it."""
 
     rows: Float[Tensor, "6"]
     """As update_rows reads them."""
@@ -41,6 +42,19 @@ class Scalars(NamedTuple):
     """Counts from 1."""
     ema: Float[Tensor, ""]
     """Weight of the new weights in their running mean."""
+
+    @classmethod
+    def of(cls, there: Float[Tensor, "10"]) -> Self:
+        return cls(there[:6], there[0], *there[6:].unbind())
+
+
+class Moved(NamedTuple):
+    """What moving the weights leaves to be booked."""
+
+    found: Gradients
+    grad_norm: Float[Tensor, ""]
+    target: Float[Tensor, "batch d_out"]
+    """In scaled units."""
 
 
 class TrainStep:
@@ -86,7 +100,9 @@ class TrainStep:
         )
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
         self._none_dead_before = self.cfg.dead_after  # in activations, as the last read saw it
-        self._counters, self._path = Counters(sae), PathChoice(self.cfg, sae)
+        place = self.cfg, sae.cfg, sae.W_dec.device
+        self._counters, self._path, self._capacity = Counters(sae), PathChoice(*place), Capacity(*place)
+        self._graphs = Graphs(_recorder(sae) if self.cfg.cuda_graph else None)
         self._shadows: Shadows | None = None
 
     @torch.no_grad()
@@ -95,52 +111,87 @@ class TrainStep:
     ) -> StepOutput:
         """One step on raw activations; `target` (raw) is what to reconstruct where it is not x.
 
-        Does not wait for the device; but on a GPU's sparse path relu and jumprelu ask how many slots their codes need. Raises
-        ValueError for shapes that do not fit.
+        Does not wait for the device; but on a GPU's sparse path relu and jumprelu wait until this step's selection is done, to see that
+        every code has found a slot. Raises ValueError for shapes that do not fit.
         """
         _check_shapes(self.sae.cfg, x, target)
         # known without asking the device
         may_be_dead = bool(self.cfg.auxk_coefficient) and self.n_tokens >= self._none_dead_before
         sparse = self._path.is_sparse(self.n_done)
+        width = self._capacity.at(self.n_done) if sparse else None
         one_pass = sparse and self._is_one_pass(may_be_dead)
         if not one_pass:
             self._catch_up()
+        operands, now = self._operands() if sparse else None, self._scalars(len(x))
+
+        def run(x: Tensor, target: Tensor | None, now: Tensor) -> StepOutput:
+            return self._on_device(x, target, now, operands, may_be_dead)
+
+        def move(x: Tensor, target: Tensor | None, now: Tensor) -> Moved:
+            return self._move(x, target, Scalars.of(now), operands, may_be_dead, width)
+
+        key = x.shape, x.dtype, None if target is None else target.dtype, sparse, may_be_dead, width
+        around = [*self.sae.parameters(), *self.sae.buffers()]
         with _tf32(self.cfg.precision == "tf32", x.device):
-            out = self._on_device(
-                x, target, self._scalars(len(x)), self._operands() if sparse else None, may_be_dead
-            )
+            if width is None:
+                out = self._graphs(key, run, x, target, now, around=around)
+            else:
+                moved = self._graphs(key, move, x, target, now, around=around)
+                if self._capacity.overflowed():
+                    one_pass = False
+                    self._catch_up()
+                    moved = self._move(x, target, Scalars.of(now), None, may_be_dead)
+                out = self._book(moved, Scalars.of(now))
         if self._shadows is not None:
             self._shadows.renewed() if one_pass else self._shadows.outdated()
         self._any_behind = one_pass
         self.n_done += 1
         self.n_tokens += len(x)
-        return out
+        return out.copy() if x.device.type == "cuda" else out  # the next replay writes there again
 
     def _on_device(
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        now: Tensor,
+        operands: tuple["sparse.Rows", "sparse.Rows"] | None,
+        may_be_dead: bool,
+    ) -> StepOutput:
+        """The step as one graph: nothing in it depends on a number on the host that changes from step to step."""
+        scalars = Scalars.of(now)
+        return self._book(self._move(x, target, scalars, operands, may_be_dead), scalars)
+
+    def _move(
         self,
         x: Tensor,
         target: Tensor | None,
         now: Scalars,
         operands: tuple["sparse.Rows", "sparse.Rows"] | None,
         may_be_dead: bool,
-    ) -> StepOutput:
-        """The step as one graph: nothing in it depends on a number on the host that changes from step to step."""
+        width: int | None = None,
+    ) -> Moved:
+        """Gradients, and the weights moved by them; where a row has more than `width` codes, nothing moves."""
         sae = self.sae
         x = x.to(sae.W_dec.dtype) * sae.scale
         target = x if target is None else target.to(sae.W_dec.dtype) * sae.scale
         terms = self._terms(now, self.dead_mask() if may_be_dead else None)
         if operands is not None and self._is_one_pass(may_be_dead):
-            found, grad_norm = self._one_pass(x, target, now, terms, *operands)
+            found, grad_norm = self._one_pass(x, target, now, terms, *operands, width)
         else:
-            found = self._gradients(x, target, terms, operands)
-            grad_norm = self._update(found.params, found.out.loss, now)
-        self.tokens_since_fired.add_(len(x)).masked_fill_(found.fired, 0)
+            found = self._gradients(x, target, terms, operands, width)
+            grad_norm = self._update(found.params, found.out.loss, now, self._fits(found, width))
+        return Moved(found._replace(params={}), grad_norm, target)
+
+    def _book(self, moved: Moved, now: Scalars) -> StepOutput:
+        """What follows from a step that counts: who fired, running means, figures."""
+        sae, (found, grad_norm, target) = self.sae, moved
+        self.tokens_since_fired.add_(len(target)).masked_fill_(found.fired, 0)
         self._path.add(found.n_codes)
         if found.level is not None:
             assert sae.threshold is not None
             level = found.level.to(sae.threshold.dtype)
-            moved = found.out.loss.isfinite() & grad_norm.isfinite() & (level > 0) & level.isfinite()
-            level = torch.where(moved, level, sae.threshold)
+            counts = found.out.loss.isfinite() & grad_norm.isfinite() & (level > 0) & level.isfinite()
+            level = torch.where(counts, level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
         self._counters.add(found.out, target, grad_norm, now.step - 1)
         if self._average is not None:
@@ -148,8 +199,20 @@ class TrainStep:
                 self._average[name].lerp_(w, now.ema)
         return found.out
 
+    def _fits(self, found: Gradients, width: int | None) -> Bool[Tensor, ""] | None:
+        """Whether every code found a slot; the host learns of it too."""
+        if width is None or found.fullest is None:
+            return None
+        self._capacity.note(found.fullest)
+        return found.fullest <= width
+
     def _gradients(
-        self, x: Tensor, target: Tensor, terms: Terms, operands: tuple["sparse.Rows", "sparse.Rows"] | None
+        self,
+        x: Tensor,
+        target: Tensor,
+        terms: Terms,
+        operands: tuple["sparse.Rows", "sparse.Rows"] | None,
+        width: int | None,
     ) -> Gradients:
         """Written out, of the mean over the batch; one piece of it after another where step.accumulate says so."""
         total = None
@@ -158,35 +221,49 @@ class TrainStep:
             if operands is None:
                 found = gradients(self.sae, rows, wanted, terms, self.compute)
             else:
-                found, _ = self._sparse(rows, wanted, terms, *operands)
+                found, _ = self._sparse(rows, wanted, terms, *operands, width)
             found = found if len(rows) == len(x) else found.times(len(rows) / len(x))
             total = found if total is None else total.plus(found)
         assert total is not None
         return total
 
     def _one_pass(
-        self, x: Tensor, target: Tensor, now: Scalars, terms: Terms, enc: "sparse.Rows", dec: "sparse.Rows"
+        self,
+        x: Tensor,
+        target: Tensor,
+        now: Scalars,
+        terms: Terms,
+        enc: "sparse.Rows",
+        dec: "sparse.Rows",
+        width: int | None,
     ) -> tuple[Gradients, Float[Tensor, ""]]:
         """The step with gradient rows that are never stored, and its gradient's norm."""
         from fastsae import sparse  # loads triton: not at the top
 
-        found, main = self._sparse(x, target, terms, enc, dec)
+        found, main = self._sparse(x, target, terms, enc, dec, width)
+        fits = self._fits(found, width)  # now, so that the host knows while the weights are still under way
         bias = (self.sae.b_enc.detach(), *self.moments["b_enc"])
         grad_norm, rest = sparse.update(
-            self.sae, self.cfg, main, enc, dec, bias, now.rows, self.betas, self._behind
+            self.sae, self.cfg, main, enc, dec, bias, now.rows, self.betas, self._behind, fits
         )
         for name, g in rest.items():
             self._adam(name, g, now.rows[3], now.rows[5], now)
         return found, grad_norm
 
     def _sparse(
-        self, x: Tensor, target: Tensor, terms: Terms, enc: "sparse.Rows", dec: "sparse.Rows"
+        self,
+        x: Tensor,
+        target: Tensor,
+        terms: Terms,
+        enc: "sparse.Rows",
+        dec: "sparse.Rows",
+        width: int | None,
     ) -> tuple[Gradients, "sparse.Pass"]:
         """Forward pass, figures, and gradients unless the weights are stepped in one pass."""
         from fastsae import sparse  # loads triton: not at the top
 
         sae, batch = self.sae, len(x)
-        main = sparse.forward(sae, enc.operand, dec.operand, x, target, terms)
+        main = sparse.forward(sae, enc.operand, dec.operand, x, target, terms, width)
         mse, l1 = main.out.mse.sum() / batch, main.out.l1.sum() / batch
         auxk, passes = torch.zeros_like(mse), [main]
         if terms.dead_mask is not None:
@@ -196,8 +273,9 @@ class TrainStep:
         out = StepOutput.of(mse, l1, l0_loss, auxk, main.l0, terms)
         one_pass = self._is_one_pass(terms.dead_mask is not None)
         params = {} if one_pass else sparse.gradients(sae, passes, terms)
-        n_codes = main.codes.counts.sum().to(mse.dtype) / batch
-        return Gradients(params, out, main.fired, main.level, n_codes), main
+        counts = main.codes.counts
+        n_codes, fullest = counts.sum().to(mse.dtype) / batch, None if width is None else counts.amax()
+        return Gradients(params, out, main.fired, main.level, n_codes, fullest), main
 
     def _is_one_pass(self, may_be_dead: bool) -> bool:
         """Whether the sparse path steps with gradient rows that are never stored: dead latents add to them, pieces of a batch do, and so
@@ -226,8 +304,8 @@ class TrainStep:
         )
         return enc, dec
 
-    def _scalars(self, batch: int) -> Scalars:
-        """On their way to the device; no wait for it."""
+    def _scalars(self, batch: int) -> Float[Tensor, "10"]:
+        """For Scalars.of, on their way to the device; no wait for it."""
         cfg, t = self.cfg, self.n_done + 1
         beta1, beta2 = self.betas
         l1 = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
@@ -238,8 +316,7 @@ class TrainStep:
         values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1 / batch, 0.0, l1, l0, t, ema]
         W = self.sae.W_dec
         host = torch.tensor(values, dtype=W.dtype, pin_memory=W.device.type == "cuda")
-        there = host.to(W.device, non_blocking=True)
-        return Scalars(there[:6], there[0], there[6], there[7], there[8], there[9])
+        return host.to(W.device, non_blocking=True)
 
     def _terms(self, now: Scalars, dead_mask: Tensor | None) -> Terms:
         cfg = self.cfg
@@ -313,13 +390,14 @@ class TrainStep:
         state |= {f"ema.{p}": w for p, w in (self._average or {}).items()}
         state["tokens_since_fired"] = self.tokens_since_fired
         state["progress"] = torch.tensor([self.n_done, self.n_tokens, self._none_dead_before])
-        return {**state, **self._counters.state, **self._path.state_dict()}
+        return {**state, **self._counters.state, **self._path.state_dict(), **self._capacity.state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` returned. Raises KeyError for a missing tensor."""
         for name, mine in self.state_dict().items():
             mine.copy_(state[name])
         self._path.load_state_dict(state)
+        self._capacity.load_state_dict(state)
         self._any_behind = True  # or none is; then to catch up changes nothing
         self.n_done, self.n_tokens, self._none_dead_before = (int(n) for n in state["progress"])
 
@@ -328,10 +406,12 @@ class TrainStep:
         rows = {name: p.detach() for name, p in self.sae.named_parameters()}
         return rows | {"W_enc": rows["W_enc"].T}
 
-    def _update(self, grads: dict[str, Tensor], loss: Tensor, now: Scalars) -> Float[Tensor, ""]:
+    def _update(
+        self, grads: dict[str, Tensor], loss: Tensor, now: Scalars, fits: Bool[Tensor, ""] | None
+    ) -> Float[Tensor, ""]:
         """Project, clip, Adam, renormalise, in place; the gradient's global norm before clipping.
 
-        Nothing moves where the loss or the norm is not finite.
+        Nothing moves where the loss or the norm is not finite, or `fits` is not.
         """
         unit, W_dec = self.sae.cfg.decoder_norm == "unit", self.sae.W_dec.detach()
         if unit:
@@ -340,7 +420,8 @@ class TrainStep:
         scale = torch.ones_like(grad_norm)
         if self.cfg.grad_clip is not None:
             scale = clip_scale(grad_norm, self.cfg.grad_clip)
-        skip = ~(loss.isfinite() & grad_norm.isfinite())
+        finite = loss.isfinite() & grad_norm.isfinite()
+        skip = ~(finite if fits is None else finite & fits)
         for name, g in grads.items():
             self._adam(name, g, scale, skip, now)
         if unit:
@@ -362,6 +443,16 @@ class TrainStep:
         )
         if name == "threshold":
             param.clamp_(min=0)  # below 0 it would let negative pre-activations pass
+
+
+def _recorder(sae: SAE) -> Callable[[], Recorder] | None:
+    """For steps on a GPU, unless the plain torch forms of the kernels run there: they size what they make by asking."""
+    device = sae.W_dec.device
+    if device.type != "cuda":
+        return None
+    from fastsae_kernels._launch import backend  # loads triton: not at the top
+
+    return (lambda: CudaGraph(device)) if backend(sae.W_dec) == "triton" else None
 
 
 def _check_shapes(cfg: SAEConfig, x: Tensor, target: Tensor | None) -> None:

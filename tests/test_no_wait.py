@@ -53,7 +53,8 @@ def run(activation, path, device, reads=None, **fields):
     gen = torch.Generator().manual_seed(0)
     xs = torch.randn(4, 40, 12, generator=gen).to(device)
     if device.type == "cuda":
-        step(xs[0])  # compiles
+        for _ in range(3):
+            step(xs[0])  # compiles, records
         torch.cuda.set_sync_debug_mode("error")
     for i in range(N_STEPS):
         if reads is not None:
@@ -88,9 +89,11 @@ def test_nothing_reaches_the_host_between_reads(activation, path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("activation, path", [c for c in CASES if "topk" in c[0] or c[1] == "dense"])
+@pytest.mark.parametrize("activation, path", CASES)
 def test_nothing_waits_on_a_gpu(activation, path):
-    """relu and jumprelu still ask how many slots they need on the sparse path."""
+    """Of what torch can tell: for an event, as relu and jumprelu do on the sparse path with the weights' part of the step queued behind
+    it, it raises nothing.
+    """
     try:
         run(activation, path, torch.device("cuda"))
     finally:

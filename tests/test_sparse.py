@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastsae_kernels as ops
-from fastsae import losses, sparse
+from fastsae import activations, losses
 from fastsae.config import StepConfig
 from fastsae.losses import Terms
 from fastsae.optim import lr_factor
@@ -77,9 +77,10 @@ def test_both_paths_are_one_step_in_fp64(activation, norm, d_out, apply_b_dec, c
 
 
 @pytest.mark.parametrize("activation", FIELDS)
-@pytest.mark.parametrize("precision, allowed", [("fp64", 1e-6), ("bf16", None)])
-def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed):
-    """Loss curves: equal in fp64; in bf16 no further away than the dense path's."""
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_200_steps_follow_autograd_and_torch_adam(activation, precision):
+    """Loss curves: equal in fp64 at every step; in bf16 no further away than the dense path's over all (the furthest single step is
+    rounding's luck: the ratio of the two goes from 0.9 to 2.1 with the seed, that of their means from 0.9 to 1.2)."""
     xs = batches(200)
     curves = {}
     for path in ("dense", "sparse"):
@@ -87,8 +88,11 @@ def test_200_steps_follow_autograd_and_torch_adam(activation, precision, allowed
         step = TrainStep(sae, StepConfig(precision=precision, path=path, lr=3e-3, **FIELDS[activation]), 200)
         curves[path] = torch.stack([step(x).loss for x in xs]).double()
     truth = reference_curve(activation, [x.double() for x in xs])
-    off = {path: ((curve - truth).abs() / truth).max().item() for path, curve in curves.items()}
-    assert off["sparse"] <= (allowed or 2 * off["dense"]), off
+    off = {path: (curve - truth).abs() / truth for path, curve in curves.items()}
+    if precision == "fp64":
+        assert off["sparse"].max() <= 1e-6
+    else:
+        assert off["sparse"].mean() <= 1.2 * off["dense"].mean()
 
 
 def reference_curve(activation, xs):
@@ -136,14 +140,15 @@ def test_the_paths_may_change_within_a_run(kind, fields):
     assert_same_weights(*ends, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("k", [1, 7, D_SAE])
-def test_batchtopk_in_slots_that_hold_any_batch(k, monkeypatch):
+def test_batchtopk_in_slots_that_hold_any_batch(k, path, monkeypatch):
     """As on a GPU: a row may hold all of the batch's codes, and the step is the same."""
-    asked, seen = sparse.batchtopk_slots, []
-    for device_type in ("cpu", "cuda"):
-        monkeypatch.setattr(sparse, "batchtopk_slots", lambda *a, d=device_type: asked(*a[:3], d))
+    seen = []
+    for asks in (True, False):
+        monkeypatch.setattr(activations, "may_ask", lambda _device, asks=asks: asks)
         sae = make("batchtopk", k=k, dtype=torch.float64)
-        step = TrainStep(sae, StepConfig(path="sparse", precision="fp64", lr=1e-2, **FIELDS["batchtopk"]))
+        step = TrainStep(sae, StepConfig(path=path, precision="fp64", lr=1e-2, **FIELDS["batchtopk"]))
         for x in batches(3, dtype=torch.float64):
             x[5] *= 100  # wins nearly all of them
             step(x)
@@ -152,7 +157,7 @@ def test_batchtopk_in_slots_that_hold_any_batch(k, monkeypatch):
     assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-12)
     pre_acts = torch.zeros(BATCH, D_SAE)
     pre_acts[3] = 1.0
-    width, n_tail = asked(BATCH, k, D_SAE, "cuda")
+    width, n_tail = activations.batchtopk_slots(BATCH, k, D_SAE, torch.device("cpu"))
     codes, _ = ops.select_batchtopk(pre_acts, k, width=width, n_tail=n_tail)
     assert missing(codes) == 0 and int(codes.counts[3]) == min(BATCH * k, D_SAE)
 

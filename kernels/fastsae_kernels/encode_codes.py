@@ -8,6 +8,7 @@ about 1% of active latents: a ReLU SAE at its start is better trained on the den
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ def _encode_codes(
     threshold: Tensor | None,
     bandwidth: float,
     width: int | None,
+    n_tail: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     step = chunk_rows(W_enc.shape[1] * W_enc.element_size(), x.device.type)
     parts = []
@@ -100,7 +102,7 @@ def _encode_codes(
         else:
             parts.append(
                 select_threshold(
-                    pre_acts, group_max, width=width, n_tail=None, threshold=threshold, bandwidth=bandwidth
+                    pre_acts, group_max, width=width, n_tail=n_tail, threshold=threshold, bandwidth=bandwidth
                 )
             )
     return _joined(parts, width)
@@ -116,9 +118,10 @@ def _(
     threshold: Tensor | None,
     bandwidth: float,
     width: int | None,
+    n_tail: int | None,
 ) -> Outputs:
     like = W_enc.new_empty(x.shape[0], 1)
-    return fake_codes(like, width, None) if k is None else fake_codes(like, k, 0)
+    return fake_codes(like, width, n_tail) if k is None else fake_codes(like, k, 0)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -138,7 +141,7 @@ def _backward(ctx, _g_indices, g_values, _g_counts, _g_starts):
     g_b_dec = None
     if b_dec is not None and ctx.needs_input_grad[3]:
         g_b_dec = -(W_enc.to(g_b_enc.dtype) @ g_b_enc).to(b_dec.dtype)
-    return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None, None
+    return g_x, g_W_enc.to(W_enc.dtype).T, g_b_enc.to(ctx.b_dtype), g_b_dec, None, None, None, None, None
 
 
 differentiable(_encode_codes, _backward, _save)
@@ -154,6 +157,7 @@ def encode_codes(
     threshold: Tensor | None = None,
     bandwidth: float = 0.0,
     width: int | None = 64,
+    n_tail: Literal[0] | None = None,
 ) -> Codes:
     """Codes of x: TopK where k is given, else JumpReLU where threshold is, else ReLU. Differentiable, sparsely.
 
@@ -164,6 +168,7 @@ def encode_codes(
         threshold, bandwidth: as for `select_threshold`; the threshold gets no gradient here.
         width: slots per row where k is not given; rows with more active latents continue in the tail, whose size is
             taken from the device. None: as many as the fullest row has, and no tail. TopK does not wait.
+        n_tail: 0 for no tail beside a width, and no wait: what exceeds it finds no slot, while counts stay true.
     Returns:
         Codes, values in W_enc's dtype; their gradient reaches x, W_enc (dense and latent-major), b_enc and b_dec.
     Raises:
@@ -176,5 +181,7 @@ def encode_codes(
     if k is not None and not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"k is {k}, but must be at least 1 and at most d_sae, {W_enc.shape[1]}")
     threshold = None if threshold is None else threshold.detach()
-    indices, values, counts, starts = _encode_codes(x, W_enc, b_enc, b_dec, k, threshold, bandwidth, width)
-    return Codes(indices, values, counts, starts if k is None and has_tail(width, None) else None)
+    indices, values, counts, starts = _encode_codes(
+        x, W_enc, b_enc, b_dec, k, threshold, bandwidth, width, n_tail
+    )
+    return Codes(indices, values, counts, starts if k is None and has_tail(width, n_tail) else None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsae_kernels._launch import use_backend
-from fastsae_kernels.codes import to_dense
+from fastsae_kernels.codes import missing, to_dense
 from fastsae_kernels.decode import decode
 from fastsae_kernels.encode import encode
 from fastsae_kernels.encode_codes import encode_codes, encode_codes_ref
@@ -52,6 +52,20 @@ def test_values_and_gradients(batch, d_in, d_sae, backend, dtype, kind, device, 
             lambda *a: encode_codes_ref(*a, selected),
             inputs,
         )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+def test_without_a_tail_what_exceeds_the_width_is_left_out_and_counted(kind, backend, device, monkeypatch):
+    monkeypatch.setattr(MODULE, "LEAST_ROWS", 8)
+    monkeypatch.setattr(MODULE, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    inputs, how = make(19, 9, 97, torch.float32, device), options(kind, 97, device)
+    with use_backend(backend):
+        whole, cut = encode_codes(*inputs, **how), encode_codes(*inputs, **how, n_tail=0)
+    assert cut.tail_starts is None and cut.indices.shape == (19, 3) and cut.counts.max() > 3
+    assert torch.equal(cut.counts, whole.counts)
+    assert torch.equal(cut.indices, whole.indices[:19]) and torch.equal(cut.values, whole.values[:19])
+    assert missing(cut) == (cut.counts - 3).clamp(min=0).sum()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -61,9 +61,8 @@ class Counters:
         sums, bad = self.state["counters.sums"], self.state["counters.first_bad_step"]
         means = torch.stack([*out, grad_norm, torch.ones_like(grad_norm)])
         sums[:-1].add_(means.to(sums.dtype), alpha=n)
-        target = target.to(sums.dtype)
-        sums[-1].add_(target.square().sum())
-        self.state["counters.x"].add_(target.sum(0))
+        sums[-1].add_(torch.linalg.vector_norm(target, dtype=sums.dtype).square())
+        self.state["counters.x"].add_(target.sum(0, dtype=sums.dtype))
         bad.copy_(torch.where((bad < 0) & ~out.loss.isfinite(), step.to(bad.dtype), bad))
 
     def read(self, extra: dict[str, Tensor]) -> dict[str, float]:

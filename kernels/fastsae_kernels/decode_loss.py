@@ -252,7 +252,8 @@ def _decode_loss_torch(
     error = x_hat.sub_(target)
     mse = torch.linalg.vecdot(error, error)
     g = error.mul_(2 / batch)
-    g_values = gathered_dots(codes, taken, W_dec, g, sums)
+    g_out = g.to(out_dtype)
+    g_values = gathered_dots(codes, taken, W_dec, g_out if out_dtype == W_dec.dtype else g, sums)
     values = codes.values.to(sums)
     owners, lengths = rows(codes)
     norm = torch.ones_like(values)  # a free slot has value 0
@@ -267,7 +268,7 @@ def _decode_loss_torch(
         l1_rows = l1_rows.index_add(0, owners[len(target) :], slot_sums[len(target) :])
     if l1 is not None:
         g_values += torch.ops.aten.threshold_backward(norm, values, 0).mul_(l1.to(sums) / batch)
-    return g.to(out_dtype), g_values, mse, l1_rows.clone(), kept
+    return g_out, g_values, mse, l1_rows.clone(), kept
 
 
 @op("decode_loss")

@@ -25,7 +25,7 @@ from fastsae.evaluate import Validation, evaluate
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
-from fastsae.train import Result, train
+from fastsae.train import Result, resume, train
 
 __all__ = [
     "SAE",
@@ -54,5 +54,6 @@ __all__ = [
     "load",
     "load_all",
     "load_config",
+    "resume",
     "train",
 ]

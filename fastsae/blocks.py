@@ -132,10 +132,12 @@ class Blocks:
         self.name = source.name
         self._source, self._encoder = source, encoder
         self._lock = threading.Lock()
+        described = json.dumps([1, BLOCK, source.identity, source.column, encoder.identity])
+        self.identity = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+        """Differs between two that hold other ids."""
         self._dir: Path | None = None
         if cache_dir is not None:
-            described = json.dumps([1, BLOCK, source.identity, source.column, encoder.identity])
-            self._dir = cache_dir / hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+            self._dir = cache_dir / self.identity
             try:
                 self._dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:

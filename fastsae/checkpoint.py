@@ -2,11 +2,12 @@
 
     runs/<name>/config.toml, metrics.jsonl
     runs/<name>/saes/<hook point>[/<entry>]/                      at the end
-    runs/<name>/checkpoints/<n_tokens>/config.toml, run.json
+    runs/<name>/checkpoints/<n_tokens>/config.toml, run.json, forwards.safetensors
     runs/<name>/checkpoints/<n_tokens>/saes/<hook point>[/<entry>]/
 
 Each SAE folder is SAELens' layout; in a checkpoint `step.safetensors` beside it has the optimizer's state and the
-exact parameters, whose biases the scale is not folded into.
+exact parameters, whose biases the scale is not folded into. `run.json` says where ring, tokens and metrics stood, and
+`forwards.safetensors` has the tokens of the forwards whose rows the ring held.
 """
 
 import json
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastsae.errors import RunError, reason
 from fastsae.sae import CONFIG_FILE as SAE_CONFIG_FILE
@@ -26,7 +28,7 @@ from fastsae.sae import SAE
 from fastsae.step import TrainStep
 
 CHECKPOINTS, SAES, CONFIG_FILE = "checkpoints", "saes", "config.toml"
-STEP_FILE, RUN_FILE = "step.safetensors", "run.json"
+STEP_FILE, RUN_FILE, FORWARDS_FILE = "step.safetensors", "run.json", "forwards.safetensors"
 
 
 def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
@@ -41,6 +43,7 @@ def save_final(run_dir: Path, saes: Mapping[str, SAE]) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         save_saes(aside, saes)
+        shutil.rmtree(run_dir / SAES, ignore_errors=True)  # those of a run that was stopped and resumed
         os.replace(aside, run_dir / SAES)
     except OSError as error:
         raise RunError(f"cannot write {run_dir / SAES}: {reason(error)}") from None
@@ -51,10 +54,13 @@ def save_checkpoint(
     n_tokens: int,
     steps: Mapping[str, TrainStep],
     state: Mapping[str, Any],
+    forwards: Mapping[str, Tensor],
     config_toml: str,
     keep: int | None,
 ) -> Path:
     """Write `checkpoints/<n_tokens>` and drop the oldest ones past `keep`. Returns the folder.
+
+    state: what goes into run.json. forwards: the tensors beside it.
 
     It appears under its name only when it is complete. Raises RunError where it cannot be written.
     """
@@ -72,6 +78,7 @@ def save_checkpoint(
             json.dumps({"n_tokens": n_tokens, **state}, indent=1) + "\n", encoding="utf-8"
         )
         (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
+        save_file(dict(forwards), aside / FORWARDS_FILE)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
     except (OSError, SafetensorError, RunError) as error:
@@ -81,6 +88,32 @@ def save_checkpoint(
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+class Checkpoint:
+    """A checkpoint to go on from.
+
+    Raises RunError where it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.state: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            self.forwards: dict[str, Tensor] = load_file(folder / FORWARDS_FILE)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
+
+    def restore(self, name: str, step: TrainStep) -> None:
+        """Bring an SAE and its step to where they stood, to the bit. Raises RunError where they are not in it, or of another shape."""
+        path = self.folder / SAES / name / STEP_FILE
+        try:
+            state = load_file(path)
+            own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
+            step.sae.load_state_dict(own)
+            step.load_state_dict(state)
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"cannot go on from {path}: {reason(error)}") from None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

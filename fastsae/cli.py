@@ -68,6 +68,9 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run; a fresh one by default.")] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Folder of all runs.")] = None,
     init_from: Annotated[Path | None, typer.Option(help="SAE, checkpoint or run to start from.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run to go on with, from its newest checkpoint.", metavar="RUN")
+    ] = None,
     wandb: Annotated[str | None, typer.Option(help="Project on Weights & Biases.", metavar="PROJECT")] = None,
     set_: Set = None,
     dry_run: Annotated[
@@ -90,18 +93,29 @@ def train(
         "log": {"wandb": wandb},
     }
     overrides = merged(fields, set_)
+    if resume is not None and config is not None:
+        raise ConfigError(f"--resume {resume} goes on with that run's own config; drop {config}")
     if config is None and model is None:
         from fastsae.demo import config_path
 
         config = config_path(overrides.get("sae", {}).get("activation", "relu"))
-    resolved = load_config(config, overrides)
     console = Console(stderr=json_)
 
     from fastsae.prepare import prepare
     from fastsae.report import ConsoleSink, closing_table, memory_table, summary
+    from fastsae.resume import config_of, is_finished, newest
     from fastsae.train import run
 
-    job = prepare(resolved)
+    if resume is None:
+        job = prepare(load_config(config, overrides))
+    else:
+        checkpoint, resolved = newest(resume), config_of(resume, overrides)
+        if is_finished(resume, checkpoint, resolved):
+            console.print(
+                f"{resume} is finished: {resolved.n_tokens:,} activations", highlight=False, soft_wrap=True
+            )
+            return
+        job = prepare(resolved, checkpoint=checkpoint)
     if dry_run:
         job.close()
         if json_:
@@ -124,7 +138,9 @@ def train(
     )
     if result.interrupted:
         console.print(
-            f"interrupted; fastsae eval {result.run_dir} validates it", highlight=False, soft_wrap=True
+            f"interrupted; fastsae train --resume {result.run_dir} goes on, fastsae eval {result.run_dir} validates it",
+            highlight=False,
+            soft_wrap=True,
         )
     if json_:
         print(to_json(summary(result, job.device)))

@@ -1,5 +1,5 @@
-"""Which of its two paths a step takes, and for how many codes the sparse one has room: functions of the run's own figures at fixed
-steps, never of a clock.
+"""What a step does by what the run has seen: which of its two paths it takes, whether latents may be dead, for how many codes the sparse
+path has room. Functions of the run's own figures at fixed steps, never of a clock or of when somebody reads.
 """
 
 import torch
@@ -20,10 +20,29 @@ HEADROOM = 1.5  # slots per active latent of the fullest row
 DENSE_SHARE = 8  # a row of d_sae / 8 slots takes what the dense path takes: fuller ones are its part
 
 
-class PathChoice:
-    """topk: by k, once. Else by the running mean of l0, at multiples of 50 steps, as it stood 50 steps before: a copy to the
-    host that has arrived by then, so that a decision waits for nothing and falls the same way in every run.
+class Delayed:
+    """A number on the device as it stood 50 steps before: its copy has arrived by then, so that to look at it waits for nothing, and
+    what follows from it falls the same way in every run.
     """
+
+    def __init__(self, first: float, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.there = torch.full((), first, dtype=torch.float64, pin_memory=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+
+    def exchange(self, now: Tensor) -> float:
+        """The number that the last call was given; takes the next one. To be called at multiples of 50 steps."""
+        if self._arrived is not None:
+            self._arrived.synchronize()  # only a host that runs 50 steps ahead would wait
+        before = float(self.there)
+        self.there.copy_(now, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        return before
+
+
+class PathChoice:
+    """topk: by k, once. Else by the running mean of l0, at multiples of 50 steps, as it stood 50 steps before."""
 
     def __init__(self, cfg: StepConfig, shape: SAEConfig, device: torch.device) -> None:
         d_sae = shape.d_sae
@@ -34,15 +53,15 @@ class PathChoice:
             self._fixed = shape.k <= self._limit
         self.sparse = False
         self._l0 = torch.full((), float(d_sae), device=device)  # running mean
-        self._seen = torch.full((), float(d_sae), pin_memory=device.type == "cuda")  # as it stood
+        self._seen = Delayed(float(d_sae), device)
 
     def is_sparse(self, step: int) -> bool:
         """Whether that step (from 0) takes the sparse path; to be asked once for each."""
         if self._fixed is not None:
             return self._fixed
         if step % EVERY == 0:
-            self.sparse = float(self._seen) <= self._limit * (HYSTERESIS if self.sparse else 1.0)
-            self._seen.copy_(self._l0, non_blocking=True)
+            seen = self._seen.exchange(self._l0)
+            self.sparse = seen <= self._limit * (HYSTERESIS if self.sparse else 1.0)
         return self.sparse
 
     def add(self, l0: Float[Tensor, ""]) -> None:
@@ -50,12 +69,43 @@ class PathChoice:
         self._l0.lerp_(l0.to(self._l0.dtype), RATE)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"path.l0": self._l0, "path.l0_seen": self._seen, "path.sparse": torch.tensor(self.sparse)}
+        sparse = torch.tensor(self.sparse)
+        return {"path.l0": self._l0, "path.l0_seen": self._seen.there, "path.sparse": sparse}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._l0.copy_(state["path.l0"])
-        self._seen.copy_(state["path.l0_seen"])
+        self._seen.there.copy_(state["path.l0_seen"])
         self.sparse = bool(state["path.sparse"])
+
+
+class DeadChoice:
+    """Whether a latent may be dead, so that AuxK has something to do: known without asking for the counters of this step, since none can
+    have gone `dead_after` activations without firing sooner than the oldest of 50 or 100 steps ago.
+    """
+
+    def __init__(self, cfg: StepConfig, device: torch.device) -> None:
+        self._after, self._wanted = cfg.dead_after, bool(cfg.auxk_coefficient)
+        self._oldest = Delayed(0.0, device)
+        self._looked_at = 0  # activations by then
+        self._none_before = cfg.dead_after
+
+    def may_be_dead(self, step: int, n_tokens: int, tokens_since_fired: Int[Tensor, " d_sae"]) -> bool:
+        """At that step (from 0), after n_tokens; to be asked once for each."""
+        if not self._wanted:
+            return False
+        if step % EVERY == 0:
+            oldest = int(self._oldest.exchange(tokens_since_fired.max()))
+            self._none_before = self._looked_at + max(self._after - oldest, 0)
+            self._looked_at = n_tokens
+        return n_tokens >= self._none_before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        known = torch.tensor([self._looked_at, self._none_before])
+        return {"dead.known": known, "dead.oldest": self._oldest.there}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._looked_at, self._none_before = (int(n) for n in state["dead.known"])
+        self._oldest.there.copy_(state["dead.oldest"])
 
 
 class Capacity:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastsae import memory
 from fastsae.calibrate import crossover
-from fastsae.checkpoint import load_all
+from fastsae.checkpoint import Checkpoint, load_all
 from fastsae.config import RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
 from fastsae.errors import ConfigError, DataError, RunError, first_line
+from fastsae.resume import check_model, check_resumable
 from fastsae.ring import check_capacity
 from fastsae.sae import SAE
 from fastsae.source import Source, load_source
@@ -50,6 +51,9 @@ class Job:
     rows: Iterator[Tensor] | None
     """Activations in place of a source model."""
     mem_bytes: dict[str, int]
+    model_given: bool = False
+    checkpoint: Checkpoint | None = None
+    """Where a run that was stopped goes on."""
 
     @property
     def run_dir(self) -> Path:
@@ -66,10 +70,16 @@ class Job:
             self.tokens.train.close()
 
 
-def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tensor] | None = None) -> Job:
+def prepare(
+    config: RunConfig,
+    *,
+    model: Any = None,
+    activations: Iterable[Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Job:
     """Check everything that can be checked, load the source model, open the dataset, build the SAEs.
 
-    Raises a FastSAEError, in one line, for all that a user can mend.
+    checkpoint: of the run that the config is of, to go on from. Raises a FastSAEError, in one line, for all that a user can mend.
     """
     device = pick_device(config.device)
     config = config.model_copy(
@@ -80,7 +90,10 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
             "data": config.data.model_copy(update={"dataset": _absolute(config.data.dataset)}),
         }
     )
-    check_run_dir(config)
+    if checkpoint is None:
+        check_run_dir(config)
+    else:
+        check_resumable(checkpoint, model_given=model is not None)
     source, rows, max_write = None, None, config.step.batch_size
     if activations is not None:
         rows = _checked(activations)
@@ -95,6 +108,8 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
             name = getattr(source.model.cfg, "model_name", None) or source.model_class_name
             told = config.model.model_copy(update={"name": str(name), "weights": source.weights})
             config = config.model_copy(update={"model": told})
+        if checkpoint is not None:
+            check_model(checkpoint, source.model, config.model.name)
         source.check_context_size(config.data.context_size)
         widths, ring_dtype = {hook.name: hook.width for hook in source.hooks}, source.dtype
         max_write = config.model.batch_size * config.data.context_size
@@ -115,7 +130,7 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):
                 saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)
-    initial = _initial(saes, config.init_from) if config.init_from is not None else {}
+    initial = _initial(saes, config.init_from) if config.init_from is not None and checkpoint is None else {}
     shapes = {key: sae.cfg for key, sae in saes.items()}
     mem_bytes = memory.predict(config, widths, shapes, steps, ring_dtype, max_write, device.type)
     built = islice(
@@ -143,6 +158,8 @@ def prepare(config: RunConfig, *, model: Any = None, activations: Iterable[Tenso
         tokens,
         rows,
         mem_bytes,
+        model is not None,
+        checkpoint,
     )
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastsae.errors import ConfigError
+from fastsae.errors import ConfigError, DataError
 from fastsae.seeds import generator
 
 SEGMENTS = 6
@@ -75,7 +75,7 @@ class RingBuffer:
         self._carry = rows(n_carry, home)
         self._batch = rows(batch_size, device)
 
-        self.fill_number = -1
+        self.fill_number = 0
         self.n_written = 0
         self._ended = False
         self._ages: list[list[int]] = [[0, 1, 2], [3, 4], [5]]  # undrawn segments that are 0, 1, 2 fills old
@@ -84,7 +84,14 @@ class RingBuffer:
         self._n_filled = self._fill_size = 0
         self._order = torch.empty(0, dtype=torch.int64)  # slots of this phase, in the order of drawing
         self.cursor = 0
-        self._begin_fill()
+        self._segments = list(range(SEGMENTS))
+        self._point = {"fill_number": 0, "cursor": 0, "n_written": 0}
+        self._open_fill()
+
+    @property
+    def n_waiting(self) -> int:
+        """Rows of the last forward that wait for the next fill."""
+        return self._n_carry
 
     @property
     def mem_bytes(self) -> int:
@@ -131,6 +138,11 @@ class RingBuffer:
             while n < self.batch_size and self._ready(more):
                 n += self._draw(n)
             if n:
+                self._point = {
+                    "fill_number": self.fill_number,
+                    "cursor": self.cursor,
+                    "n_written": self.n_written,
+                }
                 yield {name: batch[:n] for name, batch in self._batch.items()}
             if n < self.batch_size:
                 return
@@ -141,17 +153,37 @@ class RingBuffer:
             yield self._data[name][slots.to(self._data[name].device)].to(self.device)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the run stands: with the seed and the last three fills' rows it fixes the content."""
-        return {"fill_number": self.fill_number, "cursor": self.cursor, "n_written": self.n_written}
+        """Where the run stood when the last batch was handed out: with the seed and the rows of three fills it fixes the content."""
+        return dict(self._point)
+
+    def restore(self, state: Mapping[str, int], more: Callable[[], bool]) -> None:
+        """Bring a ring that was just made to where `state_dict` was taken.
+
+        `more` writes, as in the first place, the forwards of the last three fills: of a forward that lies across the border to an earlier
+        fill only what fell into these. Raises DataError where they were other forwards.
+        """
+        for _ in range(first_fill(state["fill_number"])):
+            self.n_written += len(self._segments) * self.segment
+            self._choose_segments()
+            self.fill_number, self._segments = self.fill_number + 1, self._free
+        self._open_fill()
+        while True:
+            self.fill(more)
+            self._begin_phase()
+            if self.fill_number >= state["fill_number"] or not len(self._order):
+                break
+            self.cursor = len(self._order)
+            self._begin_fill()
+        self.cursor, self._point = state["cursor"], dict(state)
+        if (self.fill_number, self.n_written) != (state["fill_number"], state["n_written"]):
+            raise DataError(
+                f"the ring was to have {state['n_written']} rows in {state['fill_number'] + 1} fills, and has {self.n_written} in "
+                f"{self.fill_number + 1}"
+            )
 
     def _begin_fill(self) -> None:
-        self.fill_number += 1
-        parts = SEGMENTS if self.fill_number == 0 else SEGMENTS // 2
-        self._segments = list(range(SEGMENTS)) if self.fill_number == 0 else self._free
-        noise = torch.rand(self.segment, parts, generator=generator(self.seed, "ring/deal", self.fill_number))
-        self._parts = noise.argsort(1).flatten()  # row r of the fill goes to part _parts[r]
-        self._n_filled = 0
-        self._fill_size = min(len(self._parts), self._n_rows - self.n_written)
+        self.fill_number, self._segments = self.fill_number + 1, self._free
+        self._open_fill()
         if n_carry := self._n_carry:
             plan, n_now = self._deal(torch.arange(n_carry))
             for name, carry in self._carry.items():
@@ -159,6 +191,14 @@ class RingBuffer:
                     _gather(carry, source.to(carry.device), self._data[name][slots])
             self._n_carry = 0  # check_capacity made a fill larger than the carry
             self._count(n_now)
+
+    def _open_fill(self) -> None:
+        n_parts = SEGMENTS if self.fill_number == 0 else SEGMENTS // 2
+        deal = generator(self.seed, "ring/deal", self.fill_number)
+        noise = torch.rand(self.segment, n_parts, generator=deal)
+        self._parts = noise.argsort(1).flatten()  # row r of the fill goes to part _parts[r]
+        self._n_filled = 0
+        self._fill_size = min(len(self._parts), self._n_rows - self.n_written)
 
     def _deal(self, rows: Tensor) -> tuple[list[tuple[slice, Tensor]], int]:
         """Where the fill's next rows go: per part its contiguous slots and its rows; and how many fit."""
@@ -187,16 +227,21 @@ class RingBuffer:
         self._begin_phase()
         return len(self._order) > 0
 
-    def _begin_phase(self) -> None:
-        first = self.fill_number == 0
-        if not first:
+    def _choose_segments(self) -> None:
+        """Those that a phase draws, one of each age, and the next fill overwrites: after a fill that was full."""
+        if self.fill_number > 0:
             self._ages = [self._segments, self._ages[0], self._ages[1]]
+        self._free = [ages[0] for ages in self._ages]
+        self._ages = [ages[1:] for ages in self._ages]
+
+    def _begin_phase(self) -> None:
         if self._n_filled < len(self._parts):  # the run's last rows: everything goes, in one order
+            if self.fill_number > 0:
+                self._ages = [self._segments, self._ages[0], self._ages[1]]
             slots, self._ages = self._live(), [[], [], []]
         else:
-            self._free = [ages[0] for ages in self._ages]
+            self._choose_segments()
             slots = torch.cat([torch.arange(self.segment) + s * self.segment for s in self._free])
-            self._ages = [ages[1:] for ages in self._ages]
         draw = generator(self.seed, "ring/draw", self.fill_number)
         self._order, self.cursor = slots[torch.randperm(len(slots), generator=draw)], 0
 
@@ -217,6 +262,11 @@ class RingBuffer:
             _gather(data, slots.to(data.device, non_blocking=True), self._batch[name][at : at + len(slots)])
         self.cursor += len(slots)
         return len(slots)
+
+
+def first_fill(fill_number: int) -> int:
+    """The first of the fills that the ring still holds rows of when it has had `fill_number` of them, counted from 0."""
+    return max(fill_number - 2, 0)
 
 
 def rows_held(capacity: int, n_rows: int, max_write: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from fastsae.graphs import CudaGraph, Graphs, Recorder
 from fastsae.losses import Terms
 from fastsae.metrics import short_count
 from fastsae.optim import adam_, clip_scale, global_norm, lr_factor, normalise_rows_, project_rows_, ramp
-from fastsae.paths import Capacity, PathChoice
+from fastsae.paths import Capacity, DeadChoice, PathChoice
 from fastsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TrainStep:
             None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
         )
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
-        self._none_dead_before = self.cfg.dead_after  # in activations, as the last read saw it
+        self._dead = DeadChoice(self.cfg, sae.W_dec.device)
         place = self.cfg, sae.cfg, sae.W_dec.device
         self._counters, self._path, self._capacity = Counters(sae), PathChoice(*place), Capacity(*place)
         self._graphs = Graphs(_recorder(sae) if self.cfg.cuda_graph else None)
@@ -115,8 +115,7 @@ class TrainStep:
         every code has found a slot. Raises ValueError for shapes that do not fit.
         """
         _check_shapes(self.sae.cfg, x, target)
-        # known without asking the device
-        may_be_dead = bool(self.cfg.auxk_coefficient) and self.n_tokens >= self._none_dead_before
+        may_be_dead = self._dead.may_be_dead(self.n_done, self.n_tokens, self.tokens_since_fired)
         sparse = self._path.is_sparse(self.n_done)
         width = self._capacity.at(self.n_done) if sparse else None
         one_pass = sparse and self._is_one_pass(may_be_dead)
@@ -372,10 +371,8 @@ class TrainStep:
         loss, l1, auxk as optimised (scaled units); mse (raw units), l0, fvu; grad_norm before clipping; lr of
         the next step; dead_fraction_<window>; first_bad_step, the first step whose loss was not finite, or -1.
         """
-        extra = {"dead_fraction": self.dead_mask().float().mean(), "oldest": self.tokens_since_fired.max()}
-        figures = self._counters.read(extra)
-        dead, oldest = figures.pop("dead_fraction"), int(figures.pop("oldest"))
-        self._none_dead_before = self.n_tokens + max(self.cfg.dead_after - oldest, 0)
+        figures = self._counters.read({"dead_fraction": self.dead_mask().float().mean()})
+        dead = figures.pop("dead_fraction")
         return {**figures, "lr": self.lr, f"dead_fraction_{short_count(self.cfg.dead_after)}": dead}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -389,17 +386,21 @@ class TrainStep:
         state |= {f"adam.behind.{p}": steps for p, steps in self._behind.items()}
         state |= {f"ema.{p}": w for p, w in (self._average or {}).items()}
         state["tokens_since_fired"] = self.tokens_since_fired
-        state["progress"] = torch.tensor([self.n_done, self.n_tokens, self._none_dead_before])
-        return {**state, **self._counters.state, **self._path.state_dict(), **self._capacity.state_dict()}
+        state["progress"] = torch.tensor([self.n_done, self.n_tokens])
+        choices = {name: t for choice in self._choices() for name, t in choice.state_dict().items()}
+        return {**state, **self._counters.state, **choices}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` returned. Raises KeyError for a missing tensor."""
         for name, mine in self.state_dict().items():
             mine.copy_(state[name])
-        self._path.load_state_dict(state)
-        self._capacity.load_state_dict(state)
+        for choice in self._choices():
+            choice.load_state_dict(state)
         self._any_behind = True  # or none is; then to catch up changes nothing
-        self.n_done, self.n_tokens, self._none_dead_before = (int(n) for n in state["progress"])
+        self.n_done, self.n_tokens = (int(n) for n in state["progress"])
+
+    def _choices(self) -> tuple[PathChoice, Capacity, DeadChoice]:
+        return self._path, self._capacity, self._dead
 
     def _rows(self) -> dict[str, Tensor]:
         """The parameters as the optimizer sees them: W_enc latent-major."""

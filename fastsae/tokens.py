@@ -133,6 +133,7 @@ class TokenStream:
 
     def _described(self) -> dict[str, Any]:
         return {
+            "dataset": self._blocks.identity,
             "seed": self._seed,
             "context_size": self._packing.context_size,
             "separator": self._packing.separator,

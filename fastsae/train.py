@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.checkpoint import CONFIG_FILE, save_checkpoint, save_final
+from fastsae.checkpoint import CONFIG_FILE, Checkpoint, save_checkpoint, save_final
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
 from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError, reason
@@ -24,6 +24,7 @@ from fastsae.init import initialise
 from fastsae.log import JsonlSink, Sink, Sinks, WandbSink, WarningSink
 from fastsae.memory import refused_if_too_large
 from fastsae.prepare import ACTIVATIONS, Job, prepare
+from fastsae.resume import config_of, is_finished, machine, mark, newest, other_machine
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
@@ -66,19 +67,51 @@ def train(
     return run(prepare(config, model=model, activations=activations), sinks or [WarningSink()])
 
 
+def resume(
+    run_dir: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    model: Any = None,
+    sinks: Sequence[Sink] = (),
+) -> Result:
+    """Go on with a run that was stopped, from its newest checkpoint: on the same machine to the bit as if it had not been.
+
+    Args:
+        overrides: of the sections save and log, and of device, nested like the config's file; anything else goes on as it began.
+        model: the model object that the run was begun with, where it was.
+    Raises: as `train`; ConfigError that names another field that is overridden, RunError for a run that is finished, has no checkpoint, or
+        was trained on given activations.
+    """
+    run_dir = Path(run_dir)
+    checkpoint, config = newest(run_dir), config_of(run_dir, overrides)
+    if is_finished(run_dir, checkpoint, config):
+        raise RunError(f"the run {run_dir} is finished: {config.n_tokens:,} activations")
+    return run(prepare(config, model=model, checkpoint=checkpoint), sinks or [WarningSink()])
+
+
 def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
     """Train a prepared job; see `train`. The run folder is made after the first fill of the ring."""
     try:
         with _interruptible() as stop:
             clock = _Clock()
             ring = _ring(job)
-            more = _feeder(job, ring, stop)
-            ring.fill(more)
-            if ring.n_written == 0:
-                raise DataError("the dataset ended before its first activation; nothing was trained")
+            harvester = None
+            if job.source is not None and job.tokens is not None:
+                harvester = Harvester(job.source, job.tokens.train, ring, job.config.model.batch_size)
+            more = _until(stop, _pieces(job, ring) if harvester is None else harvester.forward)
+            if job.checkpoint is None:
+                ring.fill(more)
+                if ring.n_written == 0:
+                    raise DataError("the dataset ended before its first activation; nothing was trained")
+            elif harvester is not None:
+                state = job.checkpoint.state
+                ring.restore(
+                    state["ring"],
+                    _until(stop, harvester.replay(state["forwards"], job.checkpoint.forwards)),
+                )
             steps = _steps(job, ring)
             with _outputs(job, sinks) as sink:
-                return _Loop(job, steps, sink, stop, clock).run(ring, more)
+                return _Loop(job, steps, harvester, sink, stop, clock).run(ring, more)
     finally:
         job.close()
 
@@ -87,10 +120,22 @@ class _Loop:
     """The loop, and what it has reached."""
 
     def __init__(
-        self, job: Job, steps: dict[str, TrainStep], sink: Sink, stop: threading.Event, clock: "_Clock"
+        self,
+        job: Job,
+        steps: dict[str, TrainStep],
+        harvester: Harvester | None,
+        sink: Sink,
+        stop: threading.Event,
+        clock: "_Clock",
     ) -> None:
-        self.job, self.steps, self.sink, self.stop, self.clock = job, steps, sink, stop, clock
-        self.n_tokens = self.n_done = 0
+        self.job, self.steps, self.harvester = job, steps, harvester
+        self.sink, self.stop, self.clock = sink, stop, clock
+        state = {} if job.checkpoint is None else job.checkpoint.state
+        self.n_tokens: int = state.get("n_tokens", 0)
+        self.n_done: int = state.get("step", 0)
+        self.n_rows: int = state.get("n_rows", 0)  # of the last batch
+        self.n_before: int = self.n_tokens
+        self.mark = None if job.source is None else mark(job.source.model)
         self.figures: dict[str, dict[str, Any]] = {}
         self.validations: dict[str, Validation] = {}
         self.last_checkpoint: Path | None = None
@@ -98,24 +143,24 @@ class _Loop:
 
     def run(self, ring: RingBuffer, more: Callable[[], bool]) -> Result:
         config, save = self.job.config, self.job.config.save
+        if self.job.checkpoint is not None:
+            self.go_on(self.job.checkpoint)
         try:
             for batch in ring.batches(more):
                 for key, step in self.steps.items():
                     step(batch[self.job.hook_of[key]])
-                n_rows = len(next(iter(batch.values())))
-                self.n_tokens += n_rows
+                self.n_rows = len(next(iter(batch.values())))
+                self.n_tokens += self.n_rows
                 self.n_done += 1
-                self.sink.advance(n_rows)
-                finished = self.n_tokens == config.n_tokens
-                validate = crossed(self.n_tokens, n_rows, save.validate_every) and not finished
-                checkpoint = crossed(self.n_tokens, n_rows, save.checkpoint_every)
-                if self.n_done % config.log.every == 0 or validate or checkpoint:
+                self.sink.advance(self.n_rows)
+                checkpoint = crossed(self.n_tokens, self.n_rows, save.checkpoint_every)
+                if self.n_done % config.log.every == 0 or self.is_to_validate() or checkpoint:
                     self.report()
                 if checkpoint:
                     self.checkpoint(ring)
                 if self.stop.is_set():
                     break
-                if validate:
+                if self.is_to_validate():
                     self.validate()
         except _InterruptedError:
             pass
@@ -124,7 +169,7 @@ class _Loop:
                 self.checkpoint(ring)
             last = self.last_checkpoint or "none: nothing could be written"
             raise type(error)(f"{error}; the run ends, its last checkpoint is {last}") from None
-        tokens_per_second = self.n_tokens / self.clock.seconds()
+        tokens_per_second = self.speed()
         self.report()
         self.checkpoint(ring)
         for step in self.steps.values():
@@ -140,6 +185,26 @@ class _Loop:
         metrics = {key: {**figures, **rows.get(key, {})} for key, figures in self.figures.items()}
         return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
 
+    def go_on(self, checkpoint: Checkpoint) -> None:
+        """With what came between the checkpoint and the next batch."""
+        self.sink.advance(self.n_tokens)
+        self.reported_at = self.saved_at = self.n_done
+        self.last_checkpoint = checkpoint.folder
+        if message := other_machine(checkpoint, self.job.device):
+            self.log("warning", "", {"message": message})
+        if self.is_to_validate():
+            self.validate()
+
+    def is_to_validate(self) -> bool:
+        """Whether the last batch crossed a multiple of save.validate_every; at the end there is one anyway."""
+        due = crossed(self.n_tokens, self.n_rows, self.job.config.save.validate_every)
+        return due and self.n_tokens < self.job.config.n_tokens
+
+    def speed(self) -> float:
+        """Activations per second of this part of the run."""
+        n: float = self.n_tokens - self.n_before
+        return n / self.clock.seconds()
+
     def log(self, kind: str, key: str, row: dict[str, Any]) -> None:
         self.sink.row({"kind": kind, "n_tokens": self.n_tokens, "step": self.n_done, "sae": key, **row})
 
@@ -153,7 +218,7 @@ class _Loop:
             bad = row.pop("first_bad_step")
             if bad >= 0:
                 raise self.not_finite(f"the loss of {key} became NaN or infinite at step {bad:.0f}")
-            self.log("train", key, {**row, "tokens_per_second": self.n_tokens / self.clock.seconds()})
+            self.log("train", key, {**row, "tokens_per_second": self.speed()})
 
     def validate(self, baselines: bool = False) -> None:
         """Evaluate every SAE on the held-out tokens, where there are any."""
@@ -183,11 +248,29 @@ class _Loop:
             if not all(bool(p.isfinite().all()) for p in sae.parameters()):
                 raise self.not_finite(f"the weights of {key} became NaN or infinite by step {self.n_done}")
         self.saved_at = self.n_done
-        position = job.tokens.train.state_dict() if job.tokens is not None else {}
-        state = {"step": self.n_done, "ring": ring.state_dict(), "tokens": position}
+        at = ring.state_dict()
+        forwards, tensors = (
+            ({}, {}) if self.harvester is None else self.harvester.state_dict(at["fill_number"])
+        )
+        state = {
+            "step": self.n_done,
+            "n_rows": self.n_rows,
+            "metrics_bytes": (job.run_dir / METRICS_FILE).stat().st_size,
+            "model": self.mark,
+            "model_given": job.model_given,
+            "machine": machine(job.device),
+            "ring": at,
+            "forwards": forwards,
+        }
         with self.clock.stopped():
             self.last_checkpoint = save_checkpoint(
-                job.run_dir, self.n_tokens, self.steps, state, to_toml(job.config), job.config.save.keep
+                job.run_dir,
+                self.n_tokens,
+                self.steps,
+                state,
+                tensors,
+                to_toml(job.config),
+                job.config.save.keep,
             )
 
     def not_finite(self, what: str) -> NonFiniteLossError:
@@ -230,7 +313,12 @@ def _ring(job: Job) -> RingBuffer:
 
 
 def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
-    """A step per SAE, whose scale and start follow from the first fill."""
+    """A step per SAE, whose scale and start follow from the first fill, or as the checkpoint has it."""
+    if job.checkpoint is not None:
+        steps = {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
+        for key, step in steps.items():
+            job.checkpoint.restore(key, step)
+        return steps
     for key, sae in job.saes.items():
         initialise(sae, lambda hook=job.hook_of[key]: ring.chunks(hook, CHUNK_ROWS))  # type: ignore[misc]
         if key in job.initial:
@@ -238,14 +326,8 @@ def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
     return {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
 
 
-def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], bool]:
+def _until(stop: threading.Event, write: Callable[[], bool]) -> Callable[[], bool]:
     """What brings more rows: one forward, or one piece of given activations; an interrupt ends it in between."""
-    if job.rows is None:
-        assert job.source is not None
-        assert job.tokens is not None
-        write = Harvester(job.source, job.tokens.train, ring, job.config.model.batch_size).forward
-    else:
-        write = _pieces(job.rows, ring, job.max_write)
 
     def more() -> bool:
         if stop.is_set():
@@ -255,10 +337,11 @@ def _feeder(job: Job, ring: RingBuffer, stop: threading.Event) -> Callable[[], b
     return more
 
 
-def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[], bool]:
-    pieces = (piece for chunk in rows for piece in chunk.split(size))
+def _pieces(job: Job, ring: RingBuffer) -> Callable[[], bool]:
+    assert job.rows is not None
+    pieces = (piece for chunk in job.rows for piece in chunk.split(job.max_write))
 
-    def more() -> bool:
+    def write_one() -> bool:
         piece = next(pieces, None)
         if piece is None:
             return False
@@ -266,13 +349,23 @@ def _pieces(rows: Iterator[Tensor], ring: RingBuffer, size: int) -> Callable[[],
             write(ACTIVATIONS, piece.to(ring.device))
         return True
 
-    return more
+    return write_one
 
 
 @contextmanager
 def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
-    """The run folder, and the sinks of the run; the folder is removed again where a sink of ours cannot be opened."""
+    """The run folder, and the sinks of the run; a new folder is removed again where a sink of ours cannot be opened. Of a resumed run the
+    metrics behind its checkpoint are cut off.
+    """
     config = job.config
+    if job.checkpoint is not None:
+        try:
+            os.truncate(job.run_dir / METRICS_FILE, job.checkpoint.state["metrics_bytes"])
+        except OSError as error:
+            raise RunError(f"cannot write {job.run_dir / METRICS_FILE}: {reason(error)}") from None
+        with Sinks([*_own_sinks(job), *sinks]) as sink:
+            yield sink
+        return
     first = next((p for p in reversed(job.run_dir.parents) if not p.exists()), job.run_dir)
     try:
         job.run_dir.mkdir(parents=True)
@@ -280,16 +373,20 @@ def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
     except OSError as error:
         raise RunError(f"cannot write the run folder {job.run_dir}: {reason(error)}") from None
     try:
-        own: list[Sink] = [JsonlSink(job.run_dir / METRICS_FILE)]
-        if config.log.wandb is not None:
-            own.append(
-                WandbSink(config.log.wandb, job.run_dir.name, config.model_dump(mode="json"), job.run_dir)
-            )
+        own = _own_sinks(job)
     except BaseException:
         shutil.rmtree(first)
         raise
     with Sinks([*own, *sinks]) as sink:
         yield sink
+
+
+def _own_sinks(job: Job) -> list[Sink]:
+    own: list[Sink] = [JsonlSink(job.run_dir / METRICS_FILE)]
+    if job.config.log.wandb is not None:
+        described = job.config.model_dump(mode="json")
+        own.append(WandbSink(job.config.log.wandb, job.run_dir.name, described, job.run_dir))
+    return own
 
 
 class _InterruptedError(KeyboardInterrupt):

@@ -1,6 +1,7 @@
 """The command line from the outside: one line and exit code 2 for what a user can mend, JSON for programs."""
 
 import json
+import shutil
 import sys
 from importlib.metadata import version
 
@@ -78,6 +79,26 @@ def test_several_hook_points_give_maps(run):
     figures = json.loads(out.splitlines()[-1])
     assert code == 0
     assert list(figures["l0"]) == [f"blocks.{i}.hook_mlp_out" for i in range(3)]
+
+
+def test_resume(run, tmp_path, monkeypatch, capfd):
+    """What is finished says so; a changed field is refused by its name; else it goes on."""
+
+    def again(*flags):
+        monkeypatch.setattr(sys, "argv", ["fastsae", "train", "--resume", str(folder), *flags])
+        return outcome(capfd)
+
+    folder = tmp_path / "runs" / "mine"
+    assert run("--name", "mine", "--n-tokens", "3000", "--set", "save.checkpoint_every=1000")[0] == 0
+    code, out, _ = again()
+    assert code == 0 and "is finished: 3,000 activations" in out
+    shutil.rmtree(folder / "saes")
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    code, _, err = again("--lr", "0.5")
+    assert code == 2 and "step.lr = 0.5" in err
+    code, out, err = again("--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["n_tokens"] == 3000, err
+    assert (folder / "saes").is_dir()
 
 
 def test_fresh_names(run, tmp_path):

@@ -42,9 +42,14 @@ class Stream:
         self.taken += len(got)
         return got if len(got) else None
 
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
 
 class ListRing:
     """Keeps what is written, in order."""
+
+    fill_number = n_waiting = 0
 
     def __init__(self, n_wanted: int) -> None:
         self.n_wanted, self.n_written, self.ended = n_wanted, 0, False

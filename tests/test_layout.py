@@ -53,7 +53,7 @@ LAYERS = [
     {"dense", "sparse"},
     {"step"},
     {"packing", "boot", "checkpoint", "calibrate"},
-    {"tokens", "source"},
+    {"tokens", "source", "resume"},
     {"harvest", "evaluate", "splice"},
     {"prepare"},
     {"train", "revisit"},

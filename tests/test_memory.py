@@ -58,7 +58,7 @@ def test_the_peak_is_within_a_tenth_of_its_prediction(activation, path, precisio
 def test_with_dead_latents_it_is_no_more(path):
     _, step, _ = measured("topk", path, "fp32", *SHAPES[0])
     step.tokens_since_fired[:200] = step.cfg.dead_after
-    step._none_dead_before = 0
+    step._dead._none_before = 0
     with LiveBytes(*step.sae.parameters()) as live:
         step(torch.randn(1024, 64, generator=torch.Generator().manual_seed(0)))
     assert step.read()["auxk"] > 0

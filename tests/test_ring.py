@@ -14,7 +14,7 @@ class Stream:
     """Forwards of `per_forward` rows, numbered from 0, of `n` in all."""
 
     def __init__(self, ring: RingBuffer, per_forward: int, n: int) -> None:
-        self.ring, self.per_forward, self.n, self.at = ring, per_forward, n, 0
+        self.ring, self.per_forward, self.n, self.at, self.skip = ring, per_forward, n, 0, 0
 
     def more(self) -> bool:
         m = min(self.per_forward, self.n - self.at)
@@ -22,10 +22,10 @@ class Stream:
             return False
         ids = torch.arange(self.at, self.at + m)
         positions = torch.stack([ids, -ids - 1], 1).flatten().float()[:, None]  # every second row is kept
-        with self.ring.writing(torch.arange(0, 2 * m, 2)) as write:
+        with self.ring.writing(torch.arange(2 * self.skip, 2 * m, 2)) as write:
             write("a", positions)
             write("b", 2 * positions.expand(-1, 3))
-        self.at += m
+        self.at, self.skip = self.at + m, 0
         return True
 
 
@@ -122,3 +122,35 @@ def test_mixing_at_capacity_500000():
     classic = mixing(half_refill_batches(CAPACITY, BATCH, N_ROWS), CONTEXT)
     assert ours["distinct_contexts"] >= 0.9 * classic["distinct_contexts"], (ours, classic)
     assert ours["same_context_neighbours"] <= 4e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(6, 300), st.integers(1, 30), st.integers(1, 50), st.integers(1, 1500), st.data())
+def test_a_restored_ring_goes_on_as_the_first(capacity, batch_size, per_forward, n_rows, data):
+    """From any batch, with the rows of the last three fills and no others; and again from a later one."""
+    if n_rows > capacity and capacity // 2 < max(batch_size, per_forward):
+        return
+    shape = {"capacity": capacity, "batch_size": batch_size, "n_rows": n_rows, "max_write": per_forward}
+
+    def made():
+        ring = RingBuffer({"a": 1, "b": 3}, **shape, device=CPU, seed=3)
+        return ring, Stream(ring, per_forward, n_rows)
+
+    ring, stream = made()
+    all_batches, points = [], []
+    for batch in ring.batches(stream.more):
+        all_batches.append({name: rows.clone() for name, rows in batch.items()})
+        points.append(ring.state_dict())
+    at = data.draw(st.integers(0, len(points) - 1))
+    again, replayed = made()
+    fill = max(points[at]["fill_number"] - 2, 0)
+    first = ring.capacity * (fill + 1) // 2 if fill else 0
+    replayed.at = (
+        first - first % per_forward
+    )  # the forward that lies across the border comes again, less its first rows
+    replayed.skip = first % per_forward
+    again.restore(points[at], replayed.more)
+    rest = [{name: rows.clone() for name, rows in batch.items()} for batch in again.batches(replayed.more)]
+    assert len(rest) == len(all_batches) - at - 1
+    for mine, theirs in zip(rest, all_batches[at + 1 :], strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)

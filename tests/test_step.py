@@ -417,3 +417,31 @@ def test_a_running_mean_of_the_weights(norm, path):
             assert not torch.equal(w, own[name])
             assert torch.equal(weights(other.sae)[name], w)
     assert all(torch.equal(w, own[name]) for name, w in weights(sae).items())
+
+
+def test_when_somebody_reads_changes_no_bit():
+    """Whether latents may be dead follows from the run itself: a run that is stopped, and so reads once more, goes on as any other."""
+    ends = []
+    for every in (3, 1000):
+        sae = make_sae("topk", k=1, d_sae=200, dtype=torch.float32)
+        step = TrainStep(sae, StepConfig(path="sparse", lr=1e-2, dead_after=1000, **FIELDS["topk"]))
+        gen, auxk = torch.Generator().manual_seed(0), []
+        for i in range(130):
+            out = step(torch.randn(16, D_IN, generator=gen))
+            auxk.append(float(out.auxk))
+            if i % every == 0:
+                step.read()
+        ends.append((weights(sae), auxk))
+    assert ends[0][1] == ends[1][1] and any(ends[0][1])
+    assert all(torch.equal(w, ends[1][0][name]) for name, w in ends[0][0].items())
+
+
+def test_auxk_joins_in_no_later_than_a_latent_dies():
+    step = TrainStep(
+        make_sae("topk", k=1, d_sae=200, dtype=torch.float32), StepConfig(lr=1e-3, dead_after=640)
+    )
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        dead = bool(step.dead_mask().any())
+        step(torch.randn(16, D_IN, generator=gen))
+        assert step.n_tokens - 16 >= step._dead._none_before or not dead

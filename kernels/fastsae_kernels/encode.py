@@ -263,9 +263,13 @@ def _dot_precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def operands(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
-    """W_enc and b_enc as the plain torch form multiplies them: fp32 where the CPU has no units for W_enc's dtype."""
-    dtype = W_enc.dtype if has_fast_products(W_enc) else torch.float32
+def operands(W_enc: Tensor, b_enc: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W_enc and b_enc as the plain torch form multiplies them: fp32 where the CPU has no units for W_enc's dtype, or where its products,
+    rounded to that, are not what is asked for.
+    """
+    half = W_enc.element_size() == 2
+    slow = half and not (has_fast_products(W_enc) and out_dtype == W_enc.dtype)
+    dtype = torch.float32 if slow else W_enc.dtype
     return W_enc.to(dtype), b_enc.to(dtype)
 
 
@@ -321,7 +325,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     if backend(x) == "triton":
         return _encode_triton(x, W_enc, b_enc, relu, out_dtype, variant)
-    return encode_torch(x, *operands(W_enc, b_enc), relu, out_dtype)
+    return encode_torch(x, *operands(W_enc, b_enc, out_dtype), relu, out_dtype)
 
 
 @_encode.register_fake

@@ -1,0 +1,224 @@
+"""A run that is stopped and resumed is the run that was not, to the bit."""
+
+import json
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.checkpoint import checkpoints
+from fastsae.errors import ConfigError, DataError, RunError
+from fastsae.log import Sink
+from tests.worlds import HOOK
+
+N_TOKENS = 9000  # 71 steps of 128, the last one short; 12 fills of the ring
+SHAPE = {"n_tokens": N_TOKENS, "data": {"on_exhausted": "repeat"}, "log": {"every": 10}}
+KINDS = {
+    "relu": {"sae": {"activation": "relu"}, "step": {"crossover": 0.5, "ema_decay": 0.9}},
+    "topk": {"sae": {"activation": "topk", "k": 3}, "step": {"dead_after": 2000, "crossover": 0.5}},
+    "batchtopk": {"sae": {"activation": "batchtopk", "k": 3}, "step": {"precision": "bf16"}},
+    "jumprelu": {"sae": {"activation": "jumprelu"}, "step": {"target_l0": 4.0, "crossover": 0.5}},
+}
+
+
+def weights(result, key=HOOK):
+    return {name: t.clone() for name, t in result.saes[key].state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def rows(run_dir):
+    """Every row of figures, without those that tell the time."""
+    read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("tokens_per_second", "seconds", "share")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read]
+
+
+def copy_of(run_dir, at, tmp_path):
+    """The run as if it had been killed some time behind that checkpoint."""
+    copied = tmp_path / f"killed-{at.name}" / run_dir.name
+    shutil.copytree(run_dir, copied)
+    shutil.rmtree(copied / "saes")
+    for later in checkpoints(copied):
+        if later.name > at.name:
+            shutil.rmtree(later)
+    return copied
+
+
+class StopAt(Sink):
+    """Ctrl-C while that step is under way."""
+
+    def __init__(self, n_tokens):
+        self.left = n_tokens
+
+    def advance(self, n_tokens):
+        self.left -= n_tokens
+        if self.left <= 0:
+            import os
+            import signal
+
+            self.left = 10**9
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def every_step():
+    return {"checkpoint_every": 1, "validate_every": 1500, "baselines": False}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_twenty_steps_to_the_same_bits(kind, config, tmp_path, every_step):
+    """Weights, figures and checkpoints, from steps in the middle of a phase, at its borders, and right before a validation."""
+    whole = fastsae.train(config(**SHAPE, **KINDS[kind], save=every_step))
+    saved = checkpoints(whole.run_dir)
+    n = 20 if kind == "topk" else 4
+    before_validation = [c for c in saved if int(c.name) // 1500 > (int(c.name) - 128) // 1500]
+    chosen = {*random.Random(0).sample(saved, n - 2), before_validation[0], before_validation[-1]}
+    for at in sorted(chosen):
+        copied = copy_of(whole.run_dir, at, tmp_path)
+        again = fastsae.resume(copied)
+        assert same(weights(again), weights(whole)), at
+        assert rows(copied) == rows(whole.run_dir), at
+        assert [c.name for c in checkpoints(copied)] == [c.name for c in saved]
+        assert again.n_tokens == N_TOKENS and not again.interrupted
+        shutil.rmtree(copied)
+
+
+@pytest.mark.parametrize("stop_at", [500, 1300, 4000, 8800])
+def test_after_an_interrupt(stop_at, config, tmp_path):
+    """Which takes a checkpoint of its own; and twice in a row."""
+    whole = fastsae.train(config(**SHAPE, **KINDS["topk"]))
+    stopped = fastsae.train(config(**SHAPE, **KINDS["topk"], name="stopped"), sinks=[StopAt(stop_at)])
+    assert stopped.interrupted and stopped.n_tokens < N_TOKENS
+    if stop_at < 4000:
+        stopped = fastsae.resume(stopped.run_dir, sinks=[StopAt(stopped.n_tokens + 300)])
+        assert stopped.interrupted
+    again = fastsae.resume(stopped.run_dir)
+    assert same(weights(again), weights(whole)) and again.n_tokens == N_TOKENS
+    steps = [row["step"] for row in rows(stopped.run_dir) if row["kind"] == "train"]
+    assert steps == sorted(set(steps)) and set(range(10, 71, 10)) <= set(steps)
+
+
+def test_an_interrupt_in_the_middle_of_a_fill(config, monkeypatch):
+    """The fill that had begun is begun again."""
+    whole = fastsae.train(config(**SHAPE))
+    train = sys.modules["fastsae.train"]
+    forward, n_done = train.Harvester.forward, []
+
+    def counted(self):
+        n_done.append(self.ring.fill_number)
+        if n_done.count(3) == 4:  # the 4th forward of the 4th fill
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self)
+
+    monkeypatch.setattr(train.Harvester, "forward", counted)
+    stopped = fastsae.train(config(**SHAPE, name="stopped"))
+    monkeypatch.setattr(train.Harvester, "forward", forward)
+    assert stopped.interrupted
+    state = json.loads((checkpoints(stopped.run_dir)[-1] / "run.json").read_text())
+    assert state["ring"]["fill_number"] == 2, "the one before"
+    assert same(weights(fastsae.resume(stopped.run_dir)), weights(whole))
+
+
+def test_several_saes_and_hook_points_go_on_together(config, tmp_path):
+    hooks = ["blocks.0.hook_resid_post", HOOK]
+    fields = {"model": {"hook": hooks}, "saes": [{"d_sae": 32}, {"activation": "topk", "k": 2}]}
+    whole = fastsae.train(config(**SHAPE, **fields, save={"checkpoint_every": 3000}))
+    at = checkpoints(whole.run_dir)[0]
+    again = fastsae.resume(copy_of(whole.run_dir, at, tmp_path))
+    assert len(again.saes) == 4
+    assert all(same(weights(again, key), weights(whole, key)) for key in again.saes)
+
+
+@pytest.fixture
+def stopped(config):
+    result = fastsae.train(config(**SHAPE), sinks=[StopAt(4000)])
+    assert result.interrupted
+    return result.run_dir
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"step": {"lr": 0.5}}, r"step\.lr = 0.5.*0.001"),
+        ({"n_tokens": 20_000}, r"n_tokens = 20000.*9000"),
+        ({"data": {"context_size": 32}}, r"data\.context_size = 32.*16"),
+        ({"model": {"name": "gpt2"}}, r"model\.name = gpt2"),
+        ({"sae": {"d_sae": 64}}, r"sae\.d_sae = 64.*48"),
+        ({"seed": 7}, r"seed = 7"),
+    ],
+)
+def test_what_the_run_began_with_cannot_change(stopped, overrides, words):
+    before = (stopped / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=words):
+        fastsae.resume(stopped, overrides)
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_saved_and_logged_may_change(stopped):
+    result = fastsae.resume(stopped, {"save": {"checkpoint_every": 2000, "keep": 2}, "log": {"every": 5}})
+    assert len(checkpoints(result.run_dir)) == 2 and result.n_tokens == N_TOKENS
+
+
+def test_other_weights_or_another_dataset_are_refused(stopped, world, tmp_path):
+    from pathlib import Path
+
+    text = Path(world["text"])
+    old = text.read_bytes()
+    try:
+        text.write_bytes(old.replace(b"w1 ", b"w2 "))
+        with pytest.raises(DataError, match="dataset"):
+            fastsae.resume(stopped)
+    finally:
+        text.write_bytes(old)
+    run = checkpoints(stopped)[-1] / "run.json"
+    state = json.loads(run.read_text())
+    run.write_text(json.dumps({**state, "model": "0" * 32}))
+    with pytest.raises(RunError, match=r"model\.name = .* other weights"):
+        fastsae.resume(stopped)
+
+
+def test_another_machine_is_said_once(stopped):
+    run = checkpoints(stopped)[-1] / "run.json"
+    state = json.loads(run.read_text())
+    run.write_text(json.dumps({**state, "machine": {**state["machine"], "threads": 97}}))
+    with pytest.warns(UserWarning, match="last bits: threads 97 before, 1 now") as seen:
+        fastsae.resume(stopped)
+    assert len([w for w in seen if "last bits" in str(w.message)]) == 1
+
+
+def test_what_there_is_nothing_to_resume_of(config, tmp_path):
+    with pytest.raises(RunError, match="is not there"):
+        fastsae.resume(tmp_path / "nowhere")
+    done = fastsae.train(config(n_tokens=1000))
+    with pytest.raises(RunError, match="is finished: 1,000 activations"):
+        fastsae.resume(done.run_dir)
+    given = fastsae.train(config(n_tokens=1000, name="given"), activations=[torch.randn(1000, 8)])
+    shutil.rmtree(given.run_dir / "saes")
+    with pytest.raises(RunError, match="given activations"):
+        fastsae.resume(given.run_dir)
+    for damaged in ("forwards.safetensors", "run.json"):
+        (checkpoints(given.run_dir)[-1] / damaged).write_text("{")
+        with pytest.raises(RunError, match=r"cannot read the checkpoint"):
+            fastsae.resume(given.run_dir)
+
+
+def test_a_run_on_a_model_object_wants_it_again(config):
+    from fastsae.config import ModelConfig
+    from fastsae.source import load_source
+
+    cfg = config(**SHAPE)
+    model = load_source(ModelConfig(name=cfg.model.name, hook=(HOOK,)), torch.device("cpu")).model
+    whole = fastsae.train(cfg, model=model)
+    stopped = fastsae.train(config(**SHAPE, name="stopped"), model=model, sinks=[StopAt(3000)])
+    with pytest.raises(RunError, match="model object"):
+        fastsae.resume(stopped.run_dir)
+    assert same(weights(fastsae.resume(stopped.run_dir, model=model)), weights(whole))

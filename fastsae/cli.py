@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other field: section.field=value.", metavar="FIELD=VALUE"),
 ]
+INTEGERS, NUMBERS = "INTEGER[,...]", "NUMBER[,...]"
 Json = Annotated[bool, typer.Option("--json", help="Last line of standard output is one JSON object.")]
 
 
@@ -52,14 +54,16 @@ def train(
     hook: Annotated[list[str] | None, typer.Option(help="Hook point; may be repeated, and hold a *.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub name, file or folder of the text.")] = None,
     activation: Annotated[str | None, typer.Option(help="relu, topk, batchtopk or jumprelu.")] = None,
-    d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
-    k: Annotated[int | None, typer.Option(help="Active latents per token, for topk and batchtopk.")] = None,
-    l1: Annotated[float | None, typer.Option(help="Weight of the L1 term, for relu.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    d_sae: Annotated[str | None, typer.Option(help="Latents.", metavar=INTEGERS)] = None,
+    k: Annotated[
+        str | None, typer.Option(help="Active latents per token, for topk and batchtopk.", metavar=INTEGERS)
+    ] = None,
+    l1: Annotated[str | None, typer.Option(help="Weight of the L1 term, for relu.", metavar=NUMBERS)] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate.", metavar=NUMBERS)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Activations per step.")] = None,
     context_size: Annotated[int | None, typer.Option(help="Tokens per context.")] = None,
     n_tokens: Annotated[int | None, typer.Option(help="Activations to train on.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Seed of everything random.", metavar=INTEGERS)] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu or auto.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="The source model's: float32, bfloat16 or float16.")
@@ -78,18 +82,35 @@ def train(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Train the SAEs of a config. Without arguments: the built-in demo, offline, in a few minutes."""
+    """Train the SAEs of a config. Without arguments: the built-in demo, offline, in a few minutes.
+
+    Several values with commas between them (--d-sae 4096,16384 --k 16,32) are an SAE each, every combination, from the same forwards.
+    """
+    lists = {
+        "d_sae": _values("--d-sae", d_sae, int),
+        "k": _values("--k", k, int),
+        "l1_coefficient": _values("--l1", l1, float),
+        "lr": _values("--lr", lr, float),
+        "seed": _values("--seed", seed, int),
+    }
+    one = {name: values[0] if len(values) == 1 else None for name, values in lists.items()}
     fields = {
         "n_tokens": n_tokens,
-        "seed": seed,
+        "seed": lists["seed"][0] if lists["seed"] else None,
+        "saes": grid({name: values for name, values in lists.items() if len(values) > 1}),
         "device": device,
         "name": name,
         "runs_dir": runs_dir and str(runs_dir),
         "init_from": init_from and str(init_from),
         "model": {"name": model, "hook": hook or None, "dtype": dtype},
         "data": {"dataset": dataset, "context_size": context_size},
-        "sae": {"activation": activation, "d_sae": d_sae, "k": k},
-        "step": {"l1_coefficient": l1, "lr": lr, "batch_size": batch_size, "precision": precision},
+        "sae": {"activation": activation, "d_sae": one["d_sae"], "k": one["k"]},
+        "step": {
+            "l1_coefficient": one["l1_coefficient"],
+            "lr": one["lr"],
+            "batch_size": batch_size,
+            "precision": precision,
+        },
         "log": {"wandb": wandb},
     }
     overrides = merged(fields, set_)
@@ -188,6 +209,25 @@ def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     console.print(info_table(facts))
     if mem_bytes:
         console.print(memory_table(mem_bytes))
+
+
+def _values(flag: str, text: str | None, kind: type[int] | type[float]) -> list[Any]:
+    """What stands between the commas."""
+    try:
+        return [kind(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        what = "an integer" if kind is int else "a number"
+        raise ConfigError(f"{flag} {text}: must be {what}, or several with commas between them") from None
+
+
+def grid(lists: dict[str, list[Any]]) -> list[dict[str, Any]] | None:
+    """Entries of [[saes]], one for every combination; None where there is nothing to combine."""
+    entries = []
+    for values in product(*lists.values()) if lists else ():
+        entry = dict(zip(lists, values, strict=True))
+        step = {name: entry.pop(name) for name in ("l1_coefficient", "lr") if name in entry}
+        entries.append({**entry, **({"step": step} if step else {})})
+    return entries or None
 
 
 def merged(flags: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:

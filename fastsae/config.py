@@ -7,7 +7,7 @@ value that the run uses. Defaults and their sources: README, section "Defaults".
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -228,8 +228,22 @@ class SAEEntry(SAESection):
 
     name: FolderName | None = None
     """Folder below the hook point's; made from the entry's own fields unless given."""
+    seed: NonNegativeInt | None = None
+    """Seed of its initial weights; the run's unless given."""
     step: StepConfig = StepConfig()
     """Fields of [step] for this SAE alone."""
+
+
+class Variant(NamedTuple):
+    """One SAE per hook point."""
+
+    name: str
+    """Its folder; "" where there is one SAE per hook point."""
+    sae: SAESection
+    """[sae] with the entry's overrides."""
+    step: StepConfig
+    """[step] with the entry's overrides."""
+    seed: int
 
 
 class SaveConfig(Section):
@@ -333,19 +347,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [name for name, _, _ in self.variants()]
+        names = [variant.name for variant in self.variants()]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f'two entries of [[saes]] have the folder name "{name}"; give one a name')
         return self
 
-    def variants(self) -> list[tuple[str, SAESection, StepConfig]]:
-        """(name, [sae] with the entry's overrides, [step] with the entry's overrides) per entry.
-
-        The name is "" where there is one SAE per hook point.
-        """
+    def variants(self) -> list[Variant]:
+        """What every hook point gets: one per entry of [[saes]]."""
         if not self.saes:
-            return [("", self.sae, self.step)]
+            return [Variant("", self.sae, self.step, self.seed)]
         result = []
         for entry in self.saes:
             leaves_topk = "activation" in entry.model_fields_set and entry.activation not in TOPK
@@ -359,11 +370,13 @@ class RunConfig(Section):
                 raise ValueError(
                     "saes.step.batch_size cannot differ from step.batch_size: batches are shared"
                 )
-            made = "-".join(
-                [sae.activation, *(f"{f}={v}" for f, v in {**own, **own_step}.items() if f != "activation")]
-            )
-            result.append((entry.name or _folder_name(made.replace("/", "_")), sae, step))
-        return [("", *result[0][1:])] if len(result) == 1 and self.saes[0].name is None else result
+            own_seed = {} if entry.seed is None else {"seed": entry.seed}
+            fields = {**own, **own_step, **own_seed}
+            made = "-".join([sae.activation, *(f"{f}={v}" for f, v in fields.items() if f != "activation")])
+            name = entry.name or _folder_name(made.replace("/", "_"))
+            result.append(Variant(name, sae, step, own_seed.get("seed", self.seed)))
+        alone = len(result) == 1 and self.saes[0].name is None and self.saes[0].seed is None
+        return [result[0]._replace(name="")] if alone else result
 
 
 def resolved_step(

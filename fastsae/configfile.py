@@ -26,6 +26,10 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
             raise ConfigError(f"cannot read {path}: {reason(error)}") from None
         except TOMLKitError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if "saes" in data and "saes" in (overrides or {}):
+        raise ConfigError(
+            f"several values of a flag make [[saes]], but {path} has [[saes]] of its own; change those"
+        )
     merged = _merge(data, overrides or {})
     _refuse_hidden(merged.get("saes"), overrides or {})
     try:

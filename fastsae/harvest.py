@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsae.errors import DataError
 from fastsae.ring import RingBuffer, first_fill
 from fastsae.source import Source
+from fastsae.timeline import Timeline
 from fastsae.tokens import TokenStream
 
 
@@ -35,10 +36,19 @@ class Harvester:
 
     Args:
         batch_size: contexts per forward.
+        timeline: told what is done when.
     """
 
-    def __init__(self, source: Source, stream: TokenStream, ring: RingBuffer, batch_size: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        stream: TokenStream,
+        ring: RingBuffer,
+        batch_size: int,
+        timeline: Timeline | None = None,
+    ) -> None:
         self.source, self.stream, self.ring, self.batch_size = source, stream, ring, batch_size
+        self.timeline = timeline or Timeline()
         self._epoch = 0  # that of the last rows
         self._done: list[_Forward] = []
 
@@ -48,7 +58,8 @@ class Harvester:
         The rows to keep are known on the host beforehand, so the device is never waited for, and an error
         on the way leaves the ring as it was. Raises DataError where a whole epoch has no such position.
         """
-        batch = self.stream.take(self.batch_size)
+        with self.timeline.part("input"):
+            batch = self.stream.take(self.batch_size)
         if batch is None:
             return False
         if batch.keep.any():
@@ -94,12 +105,21 @@ class Harvester:
     def _write(self, tokens: Tensor, keep: Tensor, stream: dict[str, Any]) -> None:
         fill, rows = self.ring.fill_number, keep.flatten().nonzero().squeeze(1)
         with self.ring.writing(rows) as write:
-            hooks = [(hook.resolved, partial(_hand_over, write, hook.name)) for hook in self.source.hooks]
-            self.source.forward(tokens, hooks, stop=True)
+            hooks = [
+                (hook.resolved, partial(self._hand_over, write, hook.name)) for hook in self.source.hooks
+            ]
+            with self.timeline.part("forward"):
+                self.source.forward(tokens, hooks, stop=True)
         late = self.ring.n_waiting
         done = _Forward(tokens.int(), keep, fill, len(rows) - late, late, stream)
         # one fill more than the ring holds: a run that is stopped in the middle of a fill is saved as it was before that
         self._done = [f for f in self._done if f.fill + (f.n_late > 0) >= first_fill(fill - 1)] + [done]
+
+    def _hand_over(
+        self, write: Callable[[str, Tensor], None], name: str, acts: Float[Tensor, "n context d_in"]
+    ) -> None:
+        with self.timeline.part("ring"):
+            write(name, acts.flatten(0, 1))
 
 
 def _without_first(keep: Tensor, n: int) -> Tensor:
@@ -107,9 +127,3 @@ def _without_first(keep: Tensor, n: int) -> Tensor:
     left = keep.clone().flatten()
     left[left.nonzero().squeeze(1)[:n]] = False
     return left.view_as(keep)
-
-
-def _hand_over(
-    write: Callable[[str, Tensor], None], name: str, acts: Float[Tensor, "n context d_in"]
-) -> None:
-    write(name, acts.flatten(0, 1))

@@ -120,7 +120,7 @@ def prepare(
     saes, steps, hook_of = {}, {}, {}
     cross: float | None = None  # one for all SAEs of the run
     for hook, width in widths.items():
-        for name, section, step in config.variants():
+        for name, section, step, seed in config.variants():
             key = f"{hook}/{name}" if name else hook
             shape = SAEConfig(width, **section.model_dump())
             if step.path == "auto" and step.crossover == "auto":
@@ -129,7 +129,7 @@ def prepare(
             steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config), device.type), hook
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):
-                saes[key] = SAE(shape, device=device, dtype=dtype, seed=config.seed)
+                saes[key] = SAE(shape, device=device, dtype=dtype, seed=seed)
     initial = _initial(saes, config.init_from) if config.init_from is not None and checkpoint is None else {}
     shapes = {key: sae.cfg for key, sae in saes.items()}
     mem_bytes = memory.predict(config, widths, shapes, steps, ring_dtype, max_write, device.type)
@@ -252,7 +252,7 @@ def _resolved(
     )
 
     entries = []
-    for (name, section, asked), (shape, step) in zip(config.variants(), built, strict=True):
+    for (name, section, asked, seed), (shape, step) in zip(config.variants(), built, strict=True):
         sae = section.model_copy(update={"k": shape.k, "decoder_norm": shape.decoder_norm})
         full = step.model_copy(
             update={"k_aux": asked.k_aux, "l0_coefficient": asked.l0_coefficient}
@@ -260,7 +260,7 @@ def _resolved(
         if not name:
             return config.model_copy(update={"ring": ring, "sae": sae, "step": full, "saes": ()})
         own = StepConfig(**full.model_dump(exclude={"batch_size"}))
-        entries.append(SAEEntry(**sae.model_dump(), name=name, step=own))
+        entries.append(SAEEntry(**sae.model_dump(), name=name, seed=seed, step=own))
     return config.model_copy(update={"ring": ring, "saes": tuple(entries)})
 
 

@@ -33,6 +33,7 @@ class ConsoleSink(Sink):
 
     def __init__(self, n_tokens: int, console: Console) -> None:
         self._figures: dict[str, str] = {}
+        self._time = ""
         columns = (
             BarColumn(bar_width=20),
             TextColumn("{task.fields[count]}"),
@@ -59,14 +60,31 @@ class ConsoleSink(Sink):
             dead = next((f"{k.split('_')[0]} {v:.1%}" for k, v in row.items() if k.startswith("dead_")), "")
             speed = f"{short_count(round(row['tokens_per_second']))} tok/s"
             self._figures[row["sae"]] = " ".join([*shown, dead, speed])
-            first = next(iter(self._figures))
-            more = f" (+{len(self._figures) - 1} more)" if len(self._figures) > 1 else ""
-            self._bar.update(self._task, figures=self._figures[first] + more)
+            self._show()
+        elif row["kind"] == "time":
+            self._time = shares(row)
+            self._show()
         elif "message" in row:
             self._bar.console.print(row["message"], highlight=False)
 
+    def _show(self) -> None:
+        if not self._figures:
+            return
+        more = f" (+{len(self._figures) - 1} more)" if len(self._figures) > 1 else ""
+        self._bar.update(
+            self._task, figures=f"{next(iter(self._figures.values()))}{more} {self._time}".rstrip()
+        )
+
     def close(self) -> None:
         self._bar.stop()
+
+
+def shares(row: Row) -> str:
+    """The parts that took most of the time of a row of kind "time": "forward 61% step 34%"."""
+    seconds = {k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")}
+    total = sum(seconds.values()) or 1.0
+    large = sorted(((s / total, part) for part, s in seconds.items()), reverse=True)[:3]
+    return " ".join(f"{part} {share:.0%}" for share, part in large if share >= 0.05)
 
 
 def figures_json(metrics: Metrics) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fastsae.resume import config_of, is_finished, machine, mark, newest, other_
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
+from fastsae.timeline import Timeline
 
 METRICS_FILE = "metrics.jsonl"
 CHUNK_ROWS = 65_536
@@ -93,25 +94,26 @@ def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
     """Train a prepared job; see `train`. The run folder is made after the first fill of the ring."""
     try:
         with _interruptible() as stop:
-            clock = _Clock()
+            clock, timeline = _Clock(), Timeline(job.device)
             ring = _ring(job)
             harvester = None
             if job.source is not None and job.tokens is not None:
-                harvester = Harvester(job.source, job.tokens.train, ring, job.config.model.batch_size)
-            more = _until(stop, _pieces(job, ring) if harvester is None else harvester.forward)
-            if job.checkpoint is None:
-                ring.fill(more)
-                if ring.n_written == 0:
-                    raise DataError("the dataset ended before its first activation; nothing was trained")
-            elif harvester is not None:
-                state = job.checkpoint.state
-                ring.restore(
-                    state["ring"],
-                    _until(stop, harvester.replay(state["forwards"], job.checkpoint.forwards)),
+                harvester = Harvester(
+                    job.source, job.tokens.train, ring, job.config.model.batch_size, timeline
                 )
+            more = _until(stop, _pieces(job, ring) if harvester is None else harvester.forward)
+            with timeline.part("ring"):
+                if job.checkpoint is None:
+                    ring.fill(more)
+                elif harvester is not None:
+                    state = job.checkpoint.state
+                    again = harvester.replay(state["forwards"], job.checkpoint.forwards)
+                    ring.restore(state["ring"], _until(stop, again))
+            if ring.n_written == 0:
+                raise DataError("the dataset ended before its first activation; nothing was trained")
             steps = _steps(job, ring)
             with _outputs(job, sinks) as sink:
-                return _Loop(job, steps, harvester, sink, stop, clock).run(ring, more)
+                return _Loop(job, steps, harvester, sink, stop, clock, timeline).run(ring, more)
     finally:
         job.close()
 
@@ -127,9 +129,10 @@ class _Loop:
         sink: Sink,
         stop: threading.Event,
         clock: "_Clock",
+        timeline: Timeline,
     ) -> None:
         self.job, self.steps, self.harvester = job, steps, harvester
-        self.sink, self.stop, self.clock = sink, stop, clock
+        self.sink, self.stop, self.clock, self.timeline = sink, stop, clock, timeline
         state = {} if job.checkpoint is None else job.checkpoint.state
         self.n_tokens: int = state.get("n_tokens", 0)
         self.n_done: int = state.get("step", 0)
@@ -143,12 +146,16 @@ class _Loop:
 
     def run(self, ring: RingBuffer, more: Callable[[], bool]) -> Result:
         config, save = self.job.config, self.job.config.save
-        if self.job.checkpoint is not None:
-            self.go_on(self.job.checkpoint)
+        batches = ring.batches(more)
         try:
-            for batch in ring.batches(more):
-                for key, step in self.steps.items():
-                    step(batch[self.job.hook_of[key]])
+            of = "first fill" if self.job.checkpoint is None else "resume"
+            self.log("time", "", {"of": of, **self.timeline.read()})
+            if self.job.checkpoint is not None:
+                self.go_on(self.job.checkpoint)
+            while (batch := self.next_of(batches)) is not None:
+                with self.timeline.part("step"):
+                    for key, step in self.steps.items():
+                        step(batch[self.job.hook_of[key]])
                 self.n_rows = len(next(iter(batch.values())))
                 self.n_tokens += self.n_rows
                 self.n_done += 1
@@ -181,6 +188,7 @@ class _Loop:
             self.warn_if_early()
             with suppress(_InterruptedError):
                 self.validate(baselines=save.baselines)
+        self.log("time", "", {"of": "the end", **self.timeline.read()})
         rows = {key: validation.row() for key, validation in self.validations.items()}
         metrics = {key: {**figures, **rows.get(key, {})} for key, figures in self.figures.items()}
         return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
@@ -194,6 +202,10 @@ class _Loop:
             self.log("warning", "", {"message": message})
         if self.is_to_validate():
             self.validate()
+
+    def next_of(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+        with self.timeline.part("ring"):
+            return next(batches, None)
 
     def is_to_validate(self) -> bool:
         """Whether the last batch crossed a multiple of save.validate_every; at the end there is one anyway."""
@@ -219,13 +231,14 @@ class _Loop:
             if bad >= 0:
                 raise self.not_finite(f"the loss of {key} became NaN or infinite at step {bad:.0f}")
             self.log("train", key, {**row, "tokens_per_second": self.speed()})
+        self.log("time", "", {"of": "the loop", **self.timeline.read()})
 
     def validate(self, baselines: bool = False) -> None:
         """Evaluate every SAE on the held-out tokens, where there are any."""
         job = self.job
         if job.source is None or job.tokens is None:
             return
-        with self.clock.stopped(), ExitStack() as averages:
+        with self.clock.stopped(), self.timeline.part("validation"), ExitStack() as averages:
             for step in self.steps.values():
                 averages.enter_context(step.averaged())
             saes = {key: (job.hook_of[key], sae) for key, sae in job.saes.items()}

@@ -6,7 +6,9 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
+import fastsae
 from fastsae import cli
 from fastsae.configfile import to_toml
 from tests.tiny_models import gpt2_config, save_model
@@ -101,6 +103,31 @@ def test_resume(run, tmp_path, monkeypatch, capfd):
     assert (folder / "saes").is_dir()
 
 
+def test_several_values_are_an_sae_each(run, tmp_path):
+    """All combinations, from the same forwards, each in a folder of its own."""
+    code, out, err = run(
+        "--activation", "topk", "--d-sae", "24,48", "--k", "2,3", "--seed", "5,6", "--lr", "1e-3",
+        "--n-tokens", "600", "--name", "grid", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    figures = json.loads(out.splitlines()[-1])
+    names = [key.split("/")[1] for key in figures["l0"]]
+    assert names == [f"topk-d_sae={d}-k={k}-seed={s}" for d in (24, 48) for k in (2, 3) for s in (5, 6)]
+    assert all(figures["l0"][key] == int(key.split("-k=")[1][0]) for key in figures["l0"])
+    folders = sorted((tmp_path / "runs" / "grid" / "saes").rglob("cfg.json"))
+    assert len(folders) == 8
+    first, second = (fastsae.load(folder.parent) for folder in folders[:2])
+    assert first.cfg == second.cfg and not torch.equal(first.W_dec, second.W_dec)
+
+
+def test_one_of_several_seeds_is_a_run_of_that_seed_but_for_its_order(run, tmp_path):
+    assert run("--seed", "5,6", "--n-tokens", "600", "--name", "two")[0] == 0
+    assert run("--seed", "5", "--n-tokens", "600", "--name", "one")[0] == 0
+    two, one = (fastsae.load_all(tmp_path / "runs" / name) for name in ("two", "one"))
+    (alone,) = one.values()
+    assert torch.equal(next(s for key, s in two.items() if "seed=5" in key).W_dec, alone.W_dec)
+
+
 def test_fresh_names(run, tmp_path):
     for _ in range(2):
         assert run("--n-tokens", "50")[0] == 0
@@ -142,6 +169,10 @@ BAD_FLAGS = [
     (["--hook", "blocks.1.hook_resid_pots"], ["blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"]),
     (["--set", "step.lrr=1"], ["step.lrr", '"lr"']),
     (["--k", "3"], ["k = 3", "topk"]),
+    (["--d-sae", "24,x"], ["--d-sae 24,x", "integer"]),
+    (["--l1", "1,"], ["--l1 1,", "number"]),
+    (["--seed", "5,5"], ["seed=5", "folder name"]),
+    (["--d-sae", "24,48", "--k", "2,3"], ["k", "topk"]),
     (["--activation", "topk", "--l1", "1"], ["l1_coefficient", "topk"]),
     (["--activation", "topk", "--k", "49"], ["k = 49", "d_sae = 48"]),
     (["--lr", "-1"], ["step.lr", "-1"]),

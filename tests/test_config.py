@@ -52,7 +52,7 @@ def test_the_documented_file(tmp_path):
     config = load_config(path)
     assert config.n_tokens == 300_000_000
     variants = config.variants()
-    assert [(name, sae.k, sae.d_sae) for name, sae, _ in variants] == [
+    assert [(name, sae.k, sae.d_sae) for name, sae, _, _ in variants] == [
         ("topk-k=32", 32, 24_576),
         ("topk-k=64", 64, 24_576),
     ]

@@ -35,8 +35,10 @@ def same(a, b):
 def rows(run_dir):
     """Every row of figures, without those that tell the time."""
     read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "seconds", "share")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read]
+    timed = ("tokens_per_second", "seconds")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed)} for row in read if row.get("of") != "resume"
+    ]
 
 
 def copy_of(run_dir, at, tmp_path):

@@ -53,6 +53,10 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub name or folder of the source model.")] = None,
     hook: Annotated[list[str] | None, typer.Option(help="Hook point; may be repeated, and hold a *.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub name, file or folder of the text.")] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `fastsae harvest`, in place of --model and --dataset.", metavar="DIR"),
+    ] = None,
     activation: Annotated[str | None, typer.Option(help="relu, topk, batchtopk or jumprelu.")] = None,
     d_sae: Annotated[str | None, typer.Option(help="Latents.", metavar=INTEGERS)] = None,
     k: Annotated[
@@ -103,7 +107,11 @@ def train(
         "runs_dir": runs_dir and str(runs_dir),
         "init_from": init_from and str(init_from),
         "model": {"name": model, "hook": hook or None, "dtype": dtype},
-        "data": {"dataset": dataset, "context_size": context_size},
+        "data": {
+            "dataset": dataset,
+            "context_size": context_size,
+            "activations": activations and str(activations.absolute()),
+        },
         "sae": {"activation": activation, "d_sae": one["d_sae"], "k": one["k"]},
         "step": {
             "l1_coefficient": one["l1_coefficient"],
@@ -116,10 +124,8 @@ def train(
     overrides = merged(fields, set_)
     if resume is not None and config is not None:
         raise ConfigError(f"--resume {resume} goes on with that run's own config; drop {config}")
-    if config is None and model is None:
-        from fastsae.demo import config_path
-
-        config = config_path(overrides.get("sae", {}).get("activation", "relu"))
+    if config is None and model is None and activations is None and resume is None:
+        config = _demo(overrides)
     console = Console(stderr=json_)
 
     from fastsae.prepare import prepare
@@ -167,6 +173,64 @@ def train(
         print(to_json(summary(result, job.device)))
     if result.interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def harvest(
+    out: Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")],
+    config: Config = None,
+    model: Annotated[str | None, typer.Option(help="Hub name or folder of the source model.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="Hook point; may be repeated, and hold a *.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub name, file or folder of the text.")] = None,
+    context_size: Annotated[int | None, typer.Option(help="Tokens per context.")] = None,
+    n_tokens: Annotated[int | None, typer.Option(help="Activations to write.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of the text.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu or auto.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The source model's: float32, bfloat16 or float16.")
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Write activations to disk, for `fastsae train --activations DIR`. The same command goes on where it was interrupted."""
+    fields = {
+        "n_tokens": n_tokens,
+        "seed": seed,
+        "device": device,
+        "model": {"name": model, "hook": hook or None, "dtype": dtype},
+        "data": {"dataset": dataset, "context_size": context_size},
+    }
+    overrides = merged(fields, set_)
+    if config is None and model is None:
+        config = _demo(overrides)
+    resolved = load_config(config, overrides)
+
+    from fastsae.collect import harvest as run
+    from fastsae.memory import text
+    from fastsae.report import ConsoleSink
+
+    console = Console(stderr=json_)
+    sink = ConsoleSink(resolved.n_tokens, console, "reading")
+    try:
+        done = run(resolved, out, advance=sink.advance)
+    finally:
+        sink.close()
+    left = f"; interrupted, the same command goes on to {resolved.n_tokens:,}" if done.interrupted else ""
+    console.print(
+        f"{done.n_rows:,} activations per hook point in {done.folder}, {text(done.n_bytes)} to write{left}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json_:
+        print(to_json({"folder": str(done.folder), "n_rows": done.n_rows, "interrupted": done.interrupted}))
+    if done.interrupted:
+        raise typer.Exit(130)
+
+
+def _demo(overrides: dict[str, Any]) -> Path:
+    from fastsae.demo import config_path
+
+    return config_path(overrides.get("sae", {}).get("activation", "relu"))
 
 
 @app.command("eval")

@@ -131,6 +131,8 @@ class DataConfig(Section):
     """Folder of tokenised text; by default below the user's cache folder."""
     revision: str | None = None
     """Branch, tag or commit of the dataset on the hub."""
+    activations: Path | None = None
+    """Folder of `fastsae harvest` to train on; model and text are then those that it was made of."""
 
 
 class RingConfig(Section):

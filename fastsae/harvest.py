@@ -1,34 +1,81 @@
-"""Hooks -> ring: run the source model as far as its deepest hook point, and let the hooks write.
+"""Hooks -> ring: run the source model as far as its deepest hook point, and let the hooks write; or disk -> ring.
 
-The forwards of the last fills are remembered by their tokens, so that a resumed run can bring their rows again.
+What the last fills were made of is remembered, forwards by their tokens and pieces of a file by their numbers, so that a resumed run can
+bring the same rows again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.errors import DataError
 from fastsae.ring import RingBuffer, first_fill
+from fastsae.seeds import generator
+from fastsae.shards import Piece, Shards
 from fastsae.source import Source
 from fastsae.timeline import Timeline
 from fastsae.tokens import TokenStream
 
 
-class _Forward(NamedTuple):
-    """What a forward brought, and where the stream stood behind it."""
+class _Written(NamedTuple):
+    """What one call brought, and where its stream stood behind it."""
 
-    tokens: Int32[Tensor, "n context"]
-    keep: Bool[Tensor, "n context"]
+    what: Any
     fill: int
     """That of its first row."""
     n_now: int
     """Rows that went into that fill; what is left went into the next."""
     n_late: int
     stream: dict[str, Any]
+
+
+class _History:
+    """What was written into the fills that the ring still holds rows of."""
+
+    def __init__(self, ring: RingBuffer) -> None:
+        self._ring = ring
+        self._done: list[_Written] = []
+
+    @contextmanager
+    def writing(
+        self, rows: Tensor, what: Any, stream: dict[str, Any]
+    ) -> Iterator[Callable[[str, Tensor], None]]:
+        """As the ring's, remembered."""
+        fill = self._ring.fill_number
+        with self._ring.writing(rows) as write:
+            yield write
+        late = self._ring.n_waiting
+        # one fill more than the ring holds: a run that is stopped in the middle of a fill is saved as it was before that
+        self._done = [w for w in self._done if w.fill + (w.n_late > 0) >= first_fill(fill - 1)]
+        self._done.append(_Written(what, fill, len(rows) - late, late, stream))
+
+    def held(self, fill_number: int) -> list[tuple[_Written, int]]:
+        """What the ring held behind that fill, and of each how many rows belong to earlier fills."""
+        first = first_fill(fill_number)
+        held = [w for w in self._done if w.fill <= fill_number and w.fill + (w.n_late > 0) >= first]
+        return [(w, 0 if w.fill >= first else w.n_now) for w in held]
+
+
+class Feeder(Protocol):
+    """Brings rows into a ring, and the same rows again for a run that goes on."""
+
+    def forward(self) -> bool:
+        """Bring some more; False where there is no more."""
+        ...
+
+    def state_dict(self, fill_number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the ring held behind that fill: JSON-able, and tensors."""
+        ...
+
+    def replay(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], bool]:
+        """What brings that again, some a call, False behind the last; what `forward` brings then comes behind it."""
+        ...
 
 
 class Harvester:
@@ -50,7 +97,7 @@ class Harvester:
         self.source, self.stream, self.ring, self.batch_size = source, stream, ring, batch_size
         self.timeline = timeline or Timeline()
         self._epoch = 0  # that of the last rows
-        self._done: list[_Forward] = []
+        self._history = _History(ring)
 
     def forward(self) -> bool:
         """One forward into the ring, or none where no position of its contexts counts; False at the stream's end.
@@ -76,11 +123,11 @@ class Harvester:
 
         tokens (int32) and keep (bool) [contexts, context_size] of all of them, keep cleared at rows of earlier fills.
         """
-        first = first_fill(fill_number)
-        held = [f for f in self._done if f.fill <= fill_number and f.fill + (f.n_late > 0) >= first]
-        keeps = [f.keep if f.fill >= first else _without_first(f.keep, f.n_now) for f in held]
-        tensors = {"tokens": torch.cat([f.tokens for f in held]), "keep": torch.cat(keeps)}
-        return {"sizes": [len(f.tokens) for f in held], "stream": held[-1].stream}, tensors
+        held = self._history.held(fill_number)
+        tokens = torch.cat([written.what[0] for written, _ in held])
+        keep = torch.cat([_without_first(written.what[1], n) for written, n in held])
+        sizes = [len(written.what[0]) for written, _ in held]
+        return {"sizes": sizes, "stream": held[-1][0].stream}, {"tokens": tokens, "keep": keep}
 
     def replay(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], bool]:
         """What brings those rows again, a forward a call, False behind the last; the stream goes to where it stood behind it.
@@ -103,17 +150,13 @@ class Harvester:
         return more
 
     def _write(self, tokens: Tensor, keep: Tensor, stream: dict[str, Any]) -> None:
-        fill, rows = self.ring.fill_number, keep.flatten().nonzero().squeeze(1)
-        with self.ring.writing(rows) as write:
+        rows = keep.flatten().nonzero().squeeze(1)
+        with self._history.writing(rows, (tokens.int(), keep), stream) as write:
             hooks = [
                 (hook.resolved, partial(self._hand_over, write, hook.name)) for hook in self.source.hooks
             ]
             with self.timeline.part("forward"):
                 self.source.forward(tokens, hooks, stop=True)
-        late = self.ring.n_waiting
-        done = _Forward(tokens.int(), keep, fill, len(rows) - late, late, stream)
-        # one fill more than the ring holds: a run that is stopped in the middle of a fill is saved as it was before that
-        self._done = [f for f in self._done if f.fill + (f.n_late > 0) >= first_fill(fill - 1)] + [done]
 
     def _hand_over(
         self, write: Callable[[str, Tensor], None], name: str, acts: Float[Tensor, "n context d_in"]
@@ -127,3 +170,89 @@ def _without_first(keep: Tensor, n: int) -> Tensor:
     left = keep.clone().flatten()
     left[left.nonzero().squeeze(1)[:n]] = False
     return left.view_as(keep)
+
+
+class DiskFeeder:
+    """Brings activations from disk into a ring: pieces of all shards, in an order that is a function of (seed, epoch).
+
+    The next piece is read while the present one is used.
+
+    Args:
+        names: hook points.
+        size: rows in a piece.
+        repeat: begin another epoch behind the last piece.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        names: list[str],
+        ring: RingBuffer,
+        *,
+        size: int,
+        seed: int,
+        repeat: bool,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.shards, self.names, self.ring = shards, names, ring
+        self.timeline = timeline or Timeline()
+        self._pieces, self._seed, self._repeat = shards.pieces(size), seed, repeat
+        self._history = _History(ring)
+        self._at = (0, 0)  # epoch, and place in its order
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._reader = ThreadPoolExecutor(1, "fastsae-activations")
+        self._ahead: tuple[tuple[int, int], Future[dict[str, Tensor]]] | None = None
+
+    def forward(self) -> bool:
+        """One piece into the ring; False behind the last. Raises DataError for a shard that is missing or damaged."""
+        if self._at[1] == len(self._pieces):
+            if not self._repeat or not self._pieces:
+                return False
+            self._at = (self._at[0] + 1, 0)
+        now, self._at = self._at, (self._at[0], self._at[1] + 1)
+        self._write(now, 0)
+        return True
+
+    def state_dict(self, fill_number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See Feeder."""
+        held = self._history.held(fill_number)
+        pieces = [[*written.what[0], written.what[1] + n] for written, n in held]
+        return {"pieces": pieces, "stream": held[-1][0].stream}, {}
+
+    def replay(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], bool]:
+        """See Feeder."""
+        self._at = tuple(state["stream"]["at"])
+        pieces = iter(state["pieces"])
+
+        def more() -> bool:
+            again = next(pieces, None)
+            if again is not None:
+                self._write((again[0], again[1]), again[2])
+            return again is not None
+
+        return more
+
+    def _write(self, at: tuple[int, int], skip: int) -> None:
+        """A piece without its first rows."""
+        with self.timeline.part("input"):
+            rows = self._read(at)
+        n = len(next(iter(rows.values())))
+        stream = {"at": [at[0], at[1] + 1]}
+        with self._history.writing(torch.arange(skip, n), (at, skip), stream) as write:
+            for name, acts in rows.items():
+                write(name, acts.to(self.ring.device, non_blocking=True))
+
+    def _read(self, at: tuple[int, int]) -> dict[str, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        found = self._submit(at) if ahead is None or ahead[0] != at else ahead[1]
+        following = (at[0], at[1] + 1) if at[1] + 1 < len(self._pieces) else (at[0] + 1, 0)
+        if self._repeat or following[0] == at[0]:
+            self._ahead = following, self._submit(following)
+        return found.result()
+
+    def _submit(self, at: tuple[int, int]) -> Future[dict[str, Tensor]]:
+        if self._order[0] != at[0]:
+            shuffled = torch.randperm(len(self._pieces), generator=generator(self._seed, "pieces", at[0]))
+            self._order = at[0], shuffled.tolist()
+        piece: Piece = self._pieces[self._order[1][at[1]]]
+        return self._reader.submit(self.shards.read, piece, self.names)

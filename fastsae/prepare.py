@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 from fastsae import memory
 from fastsae.calibrate import crossover
 from fastsae.checkpoint import Checkpoint, load_all
-from fastsae.config import RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
+from fastsae.config import DataConfig, ModelConfig, RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
 from fastsae.errors import ConfigError, DataError, RunError, first_line
-from fastsae.resume import check_model, check_resumable
+from fastsae.resume import check_activations, check_model, check_resumable
 from fastsae.ring import check_capacity
 from fastsae.sae import SAE
+from fastsae.shards import PIECE, Shards
 from fastsae.source import Source, load_source
 from fastsae.tokens import Tokens, open_tokens
 
@@ -54,6 +55,8 @@ class Job:
     model_given: bool = False
     checkpoint: Checkpoint | None = None
     """Where a run that was stopped goes on."""
+    shards: Shards | None = None
+    """Activations on disk in place of a source model."""
 
     @property
     def run_dir(self) -> Path:
@@ -94,8 +97,18 @@ def prepare(
         check_run_dir(config)
     else:
         check_resumable(checkpoint, model_given=model is not None)
-    source, rows, max_write = None, None, config.step.batch_size
-    if activations is not None:
+    source, rows, shards, facts, max_write = None, None, None, None, config.step.batch_size
+    if config.data.activations is not None and activations is None:
+        if model is not None:
+            raise ConfigError("data.activations are of a model of their own; drop the model object")
+        shards = Shards(config.data.activations)
+        if checkpoint is not None:
+            check_activations(checkpoint, shards)
+        config = _as_harvested(config, shards)
+        widths = {hook: shards.widths[hook] for hook in config.model.hook}
+        ring_dtype, facts = shards.dtype, SourceFacts(**shards.manifest["facts"])
+        max_write = piece_size(config)
+    elif activations is not None:
         rows = _checked(activations)
         first = next(rows, None)
         if first is None:
@@ -112,6 +125,7 @@ def prepare(
             check_model(checkpoint, source.model, config.model.name)
         source.check_context_size(config.data.context_size)
         widths, ring_dtype = {hook.name: hook.width for hook in source.hooks}, source.dtype
+        facts = facts_of(source)
         max_write = config.model.batch_size * config.data.context_size
     check_capacity(config.ring.capacity, config.step.batch_size, max_write, config.n_tokens)
     if config.ring.dtype != "auto":
@@ -140,9 +154,10 @@ def prepare(
     tokens = None
     if source is not None:
         tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
+    if facts is not None:
         for key, sae in saes.items():
             sae.metadata = _metadata(
-                config, source, hook_of[key], sae.cfg, steps[key], given=model is not None
+                config, facts, hook_of[key], sae.cfg, steps[key], given=model is not None
             )
     return Job(
         config,
@@ -160,7 +175,44 @@ def prepare(
         mem_bytes,
         model is not None,
         checkpoint,
+        shards,
     )
+
+
+class SourceFacts(NamedTuple):
+    """What SAEs say of the model that they are of."""
+
+    model_class_name: str
+    weights: str
+    separator: bool
+    """Whether contexts begin with one."""
+
+
+def facts_of(source: Source) -> SourceFacts:
+    tokenizer = source.tokenizer
+    separator = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+    return SourceFacts(source.model_class_name, source.weights, separator)
+
+
+def piece_size(config: RunConfig) -> int:
+    """Rows that are read from disk at once: few enough for a small ring."""
+    return min(PIECE, max(config.ring.capacity // 4, 1))
+
+
+def _as_harvested(config: RunConfig, shards: Shards) -> RunConfig:
+    """The config with the model and the text that the activations were made of."""
+    made = shards.manifest
+    hooks = config.model.hook or tuple(shards.widths)
+    for hook in hooks:
+        if hook not in shards.widths:
+            raise ConfigError(
+                f"model.hook: {config.data.activations} has no {hook}; it has {', '.join(shards.widths)}"
+            )
+    model = ModelConfig(**{**made["model"], "hook": hooks})
+    data = DataConfig(
+        **{**made["data"], "activations": config.data.activations, "on_exhausted": config.data.on_exhausted}
+    )
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def n_steps(config: RunConfig) -> int:
@@ -265,25 +317,23 @@ def _resolved(
 
 
 def _metadata(
-    config: RunConfig, source: Source, hook: str, sae: SAEConfig, step: StepConfig, *, given: bool
+    config: RunConfig, facts: SourceFacts, hook: str, sae: SAEConfig, step: StepConfig, *, given: bool
 ) -> dict[str, Any]:
     """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
-    tokenizer = source.tokenizer
-    separator = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
     return {
         "model_name": config.model.name,
-        "model_class_name": source.model_class_name,
-        "model_weights": source.weights,
+        "model_class_name": facts.model_class_name,
+        "model_weights": facts.weights,
         "model_given": given,
         "model_from_pretrained_kwargs": {},
         "hook_name": hook,
         "hook_head_index": None,
         "context_size": config.data.context_size,
-        "prepend_bos": separator,
+        "prepend_bos": facts.separator,
         "seqpos_slice": [None],
         "dataset_path": config.data.dataset,
         "exclude_special_tokens": config.data.exclude != "none",
-        "sequence_separator_token": "bos" if separator else None,
+        "sequence_separator_token": "bos" if facts.separator else None,
         "disable_concat_sequences": False,
         "training_architecture": "standard" if sae.activation == "relu" else sae.activation,
         "training_architecture_details": (

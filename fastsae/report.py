@@ -31,7 +31,7 @@ class ConsoleSink(Sink):
 
     SHOWN = ("loss", "l0", "fvu")
 
-    def __init__(self, n_tokens: int, console: Console) -> None:
+    def __init__(self, n_tokens: int, console: Console, figures: str = "filling the ring") -> None:
         self._figures: dict[str, str] = {}
         self._time = ""
         columns = (
@@ -42,9 +42,7 @@ class ConsoleSink(Sink):
         )
         self._n, self._total = 0, n_tokens
         self._bar = Progress(*columns, console=console)
-        self._task = self._bar.add_task(
-            "train", total=n_tokens, count=self._count(), figures="filling the ring"
-        )
+        self._task = self._bar.add_task("train", total=n_tokens, count=self._count(), figures=figures)
         self._bar.start()
 
     def _count(self) -> str:

@@ -12,6 +12,7 @@ from fastsae.checkpoint import CONFIG_FILE, SAES, Checkpoint, checkpoints
 from fastsae.config import RunConfig
 from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, RunError
+from fastsae.shards import Shards
 
 FREE = ("name", "runs_dir", "device", "save", "log")
 """Fields and sections that another part of the run may have otherwise."""
@@ -79,6 +80,14 @@ def check_model(checkpoint: Checkpoint, model: Any, name: str) -> None:
     """Raise RunError where the source model is not the one that the run was begun with."""
     if checkpoint.state["model"] != mark(model):
         raise RunError(f"model.name = {name} has other weights than when the run began; resume with those")
+
+
+def check_activations(checkpoint: Checkpoint, shards: Shards) -> None:
+    """Raise RunError where the activations on disk are not those that the run was begun with."""
+    if checkpoint.state["model"] != shards.identity:
+        raise RunError(
+            f"data.activations = {shards.folder} holds other activations than when the run began; resume with those"
+        )
 
 
 def check_resumable(checkpoint: Checkpoint, *, model_given: bool) -> None:

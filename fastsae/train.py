@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +18,9 @@ from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
 from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
-from fastsae.harvest import Harvester
+from fastsae.harvest import DiskFeeder, Feeder, Harvester
 from fastsae.init import initialise
+from fastsae.interrupt import InterruptedRun, interruptible
 from fastsae.log import JsonlSink, Sink, Sinks, WandbSink, WarningSink
 from fastsae.memory import refused_if_too_large
 from fastsae.prepare import ACTIVATIONS, Job, prepare
@@ -93,27 +93,23 @@ def resume(
 def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
     """Train a prepared job; see `train`. The run folder is made after the first fill of the ring."""
     try:
-        with _interruptible() as stop:
+        with interruptible() as stop:
             clock, timeline = _Clock(), Timeline(job.device)
             ring = _ring(job)
-            harvester = None
-            if job.source is not None and job.tokens is not None:
-                harvester = Harvester(
-                    job.source, job.tokens.train, ring, job.config.model.batch_size, timeline
-                )
-            more = _until(stop, _pieces(job, ring) if harvester is None else harvester.forward)
+            feeder = _feeder(job, ring, timeline)
+            more = _until(stop, _pieces(job, ring) if feeder is None else feeder.forward)
             with timeline.part("ring"):
                 if job.checkpoint is None:
                     ring.fill(more)
-                elif harvester is not None:
+                elif feeder is not None:
                     state = job.checkpoint.state
-                    again = harvester.replay(state["forwards"], job.checkpoint.forwards)
+                    again = feeder.replay(state["forwards"], job.checkpoint.forwards)
                     ring.restore(state["ring"], _until(stop, again))
             if ring.n_written == 0:
                 raise DataError("the dataset ended before its first activation; nothing was trained")
             steps = _steps(job, ring)
             with _outputs(job, sinks) as sink:
-                return _Loop(job, steps, harvester, sink, stop, clock, timeline).run(ring, more)
+                return _Loop(job, steps, feeder, sink, stop, clock, timeline).run(ring, more)
     finally:
         job.close()
 
@@ -125,13 +121,13 @@ class _Loop:
         self,
         job: Job,
         steps: dict[str, TrainStep],
-        harvester: Harvester | None,
+        feeder: Feeder | None,
         sink: Sink,
         stop: threading.Event,
         clock: "_Clock",
         timeline: Timeline,
     ) -> None:
-        self.job, self.steps, self.harvester = job, steps, harvester
+        self.job, self.steps, self.feeder = job, steps, feeder
         self.sink, self.stop, self.clock, self.timeline = sink, stop, clock, timeline
         state = {} if job.checkpoint is None else job.checkpoint.state
         self.n_tokens: int = state.get("n_tokens", 0)
@@ -139,6 +135,8 @@ class _Loop:
         self.n_rows: int = state.get("n_rows", 0)  # of the last batch
         self.n_before: int = self.n_tokens
         self.mark = None if job.source is None else mark(job.source.model)
+        if job.shards is not None:
+            self.mark = job.shards.identity
         self.figures: dict[str, dict[str, Any]] = {}
         self.validations: dict[str, Validation] = {}
         self.last_checkpoint: Path | None = None
@@ -169,7 +167,7 @@ class _Loop:
                     break
                 if self.is_to_validate():
                     self.validate()
-        except _InterruptedError:
+        except InterruptedRun:
             pass
         except (DataError, RunError) as error:
             with suppress(FastSAEError):
@@ -186,7 +184,7 @@ class _Loop:
         interrupted = self.stop.is_set() and self.n_tokens < config.n_tokens
         if not interrupted:
             self.warn_if_early()
-            with suppress(_InterruptedError):
+            with suppress(InterruptedRun):
                 self.validate(baselines=save.baselines)
         self.log("time", "", {"of": "the end", **self.timeline.read()})
         rows = {key: validation.row() for key, validation in self.validations.items()}
@@ -248,7 +246,7 @@ class _Loop:
                     job.source, saes, held_out, batch_size=batch_size, baselines=baselines
                 )
             except KeyboardInterrupt:
-                raise _InterruptedError from None
+                raise InterruptedRun from None
         for key, validation in self.validations.items():
             self.log("validation", key, validation.row())
 
@@ -262,9 +260,7 @@ class _Loop:
                 raise self.not_finite(f"the weights of {key} became NaN or infinite by step {self.n_done}")
         self.saved_at = self.n_done
         at = ring.state_dict()
-        forwards, tensors = (
-            ({}, {}) if self.harvester is None else self.harvester.state_dict(at["fill_number"])
-        )
+        forwards, tensors = ({}, {}) if self.feeder is None else self.feeder.state_dict(at["fill_number"])
         state = {
             "step": self.n_done,
             "n_rows": self.n_rows,
@@ -295,7 +291,7 @@ class _Loop:
     def warn_if_early(self) -> None:
         if self.n_tokens < self.job.config.n_tokens:
             what, more = "dataset", ' (data.on_exhausted = "repeat" would begin another epoch)'
-            if self.job.tokens is None:
+            if self.job.rows is not None:
                 what, more = "iterable", ""
             message = (
                 f"the {what} ended after {self.n_tokens:,} of n_tokens = {self.job.config.n_tokens:,} activations;"
@@ -339,12 +335,30 @@ def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
     return {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
 
 
+def _feeder(job: Job, ring: RingBuffer, timeline: Timeline) -> Feeder | None:
+    """What can bring the same rows again: the source model, or activations on disk. None for those of an iterable."""
+    config = job.config
+    if job.shards is not None:
+        return DiskFeeder(
+            job.shards,
+            list(job.widths),
+            ring,
+            size=job.max_write,
+            seed=config.seed,
+            repeat=config.data.on_exhausted == "repeat",
+            timeline=timeline,
+        )
+    if job.source is None or job.tokens is None:
+        return None
+    return Harvester(job.source, job.tokens.train, ring, config.model.batch_size, timeline)
+
+
 def _until(stop: threading.Event, write: Callable[[], bool]) -> Callable[[], bool]:
     """What brings more rows: one forward, or one piece of given activations; an interrupt ends it in between."""
 
     def more() -> bool:
         if stop.is_set():
-            raise _InterruptedError
+            raise InterruptedRun
         return write()
 
     return more
@@ -400,34 +414,6 @@ def _own_sinks(job: Job) -> list[Sink]:
         described = job.config.model_dump(mode="json")
         own.append(WandbSink(job.config.log.wandb, job.run_dir.name, described, job.run_dir))
     return own
-
-
-class _InterruptedError(KeyboardInterrupt):
-    """Ctrl-C between two forwards: no step is under way."""
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that a step is never cut in half; a second Ctrl-C raises."""
-    stop = threading.Event()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        os.write(2, b"\nstopping when what is under way is done and saved; once more to stop at once\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals belong to the main thread
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # as under nohup
-    before = {number: signal.signal(number, ask) for number in numbers if number not in ignored}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Clock:

@@ -44,7 +44,7 @@ def test_every_public_name_is_there():
 
 
 LAYERS = [
-    {"errors", "seeds", "metrics", "explain", "cache", "timeline"},
+    {"errors", "seeds", "metrics", "explain", "cache", "timeline", "interrupt"},
     {"config"},
     {"configfile"},
     {"activations", "ring", "optim", "demo"},
@@ -52,11 +52,11 @@ LAYERS = [
     {"counters", "init", "memory", "graphs", "documents", "blocks", "log"},
     {"dense", "sparse"},
     {"step"},
-    {"packing", "boot", "checkpoint", "calibrate"},
+    {"packing", "boot", "checkpoint", "calibrate", "shards"},
     {"tokens", "source", "resume"},
     {"harvest", "evaluate", "splice"},
     {"prepare"},
-    {"train", "revisit"},
+    {"train", "revisit", "collect"},
     {"report"},
     {"cli"},
 ]

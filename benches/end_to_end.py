@@ -1,12 +1,13 @@
 """What a run costs beside its forwards and its steps: `python -m benches.end_to_end [--model demo] [--saes 4] [--out FILE]`.
 
 Phases of a run (tokens packed and in memory, no validation, no checkpoint, behind the first fill) in turn with as many of the same
-forwards without a ring and as many bare steps on one batch, in one process. Then the forward alone: the bridge as it comes, ours, and
-the bare Hugging Face module, whole and cut off behind the hook point.
+forwards without a ring and as many bare steps on one batch, in one process. Then the forward alone: the bridge as it comes, the bridge
+stopped at the hook point, ours, and Hugging Face's own module without its head, whole and cut off behind the hook point.
 """
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from benches.measure import about
 from fastsae.config import ModelConfig, SAEConfig, StepConfig
+from fastsae.demo import MODEL_DIR
 from fastsae.harvest import Harvester
 from fastsae.packing import TokenBatch
 from fastsae.ring import RingBuffer
@@ -30,7 +32,7 @@ CONTEXT, CONTEXTS, BATCH = 128, 32, 4096  # tokens per context, contexts per for
 HOOKS = {"demo": "blocks.2.hook_resid_post", "gpt2-small": "blocks.6.hook_resid_pre"}
 LAYERS = {"demo": 3, "gpt2-small": 6}  # blocks that run before the hook point
 PHASES = 5
-N_TIMED = 5
+N_TIMED = 9
 
 
 class Stream:
@@ -51,16 +53,17 @@ class Stream:
         return {}
 
 
-def source_of(name: str, device: torch.device) -> Source:
-    """The demo's model, or a random one of GPT-2 small's shape."""
-    if name == "demo":
-        return load_source(ModelConfig(name="demo", hook=(HOOKS[name],)), device)
-    from transformers import GPT2Config, GPT2LMHeadModel
+def models_of(name: str, device: torch.device) -> tuple[Source, Any]:
+    """The demo's model, or a random one of GPT-2 small's shape; and the same as Hugging Face has it."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-        return load_source(ModelConfig(name=folder, hook=(HOOKS[name],)), device)
+    with tempfile.TemporaryDirectory() as made:
+        folder = str(MODEL_DIR) if name == "demo" else made
+        if name != "demo":
+            torch.manual_seed(0)
+            GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        own = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+        return load_source(ModelConfig(name=folder, hook=(HOOKS[name],)), device), own
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -138,12 +141,12 @@ def phases(source: Source, d_sae: int, k: int, n_saes: int, device: torch.device
     }
 
 
-def forwards(source: Source, name: str, device: torch.device) -> dict[str, Any]:
-    """The forward in four ways, in turn: seconds, and each over ours."""
+def forwards(source: Source, own: Any, name: str, device: torch.device) -> dict[str, Any]:
+    """The forward in five ways, taking turns: seconds, and each over ours."""
     tokens = Stream(source.d_vocab).batch.tokens.to(device)
     hook = source.hooks[0]
-    module: Any = source.model.original_model
-    body: Any = module.transformer
+    assert source.is_short
+    body: Any = own.transformer
     blocks, cut = body.h, body.h[: LAYERS[name]]
 
     def bridge() -> Tensor:
@@ -154,6 +157,13 @@ def forwards(source: Source, name: str, device: torch.device) -> dict[str, Any]:
 
     def ours() -> None:
         source.forward(tokens, [(hook.resolved, lambda acts: None)], stop=True)
+
+    def stopped() -> None:
+        short, source._bare = source._bare, None
+        try:
+            ours()
+        finally:
+            source._bare = short
 
     def bare(layers: Any) -> Callable[[], object]:
         def run() -> object:
@@ -167,14 +177,17 @@ def forwards(source: Source, name: str, device: torch.device) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], object]] = {
         "bridge": bridge,
+        "bridge, stopped": stopped,
         "ours": ours,
         "bare module": bare(blocks),
         "bare module, cut off": bare(cut),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
+    shuffler = random.Random(0)
     with torch.no_grad():
         for round_ in range(N_TIMED + 1):
-            for way, run in ways.items():
+            # in a new order each time: what ran before decides how much memory is at hand
+            for way, run in shuffler.sample(list(ways.items()), len(ways)):
                 took = seconds(run, device)
                 if round_:
                     times[way].append(took)
@@ -194,8 +207,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     report: dict[str, Any] = {**about(device), "runs": [], "forwards": {}}
     for name in arguments.model or HOOKS:
-        source = source_of(name, device)
-        report["forwards"][name] = row = forwards(source, name, device)
+        source, own = models_of(name, device)
+        report["forwards"][name] = row = forwards(source, own, name, device)
         print(
             name, "forward, over ours:", {way: round(r, 2) for way, r in row["over_ours"].items()}, flush=True
         )

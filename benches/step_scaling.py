@@ -1,4 +1,4 @@
-"""How the step's cost grows: `python -m benches.step_scaling [--device cuda] [--out FILE]`.
+"""How the step's cost grows: `python -m benches.step_scaling [--device cuda] [--precision bf16] [--only l0] [--out FILE]`.
 
 A ReLU SAE's whole step, optimizer and clipping included, with b_enc set so that L0 is what is asked for and a learning rate that
 leaves it there. Over l0 at fixed d_sae, over d_sae at fixed l0, and over the batch: the median time of the sparse path as a multiple
@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from benches.measure import about, interleaved, timer, warm
 from benches.world import N_INPUTS, Call
 from fastsae import SAE, SAEConfig, StepConfig, TrainStep
 
+Precision = Literal["fp32", "bf16"]
 SECONDS = 6.0  # of timed runs per point
 
 
@@ -37,27 +38,28 @@ SWEEPS = {
 }
 
 
-def stepper(p: Point, path: str, x: Tensor) -> TrainStep:
+def stepper(p: Point, path: str, x: Tensor, precision: Precision) -> TrainStep:
     sae = SAE(SAEConfig(p.d_in, p.d_sae), device=x.device)
     with torch.no_grad():
         rows = x[:256]
         levels = sae.pre_acts(rows).flatten().sort(descending=True).values
         sae.b_enc.fill_(-float(levels[len(rows) * p.l0]))
-    return TrainStep(sae, StepConfig(lr=1e-12, path=path))
+    return TrainStep(sae, StepConfig(lr=1e-12, path=path, precision=precision))
 
 
-def measured(p: Point, device: torch.device, *, dense: bool) -> dict[str, float]:
-    """The point, and times as multiples of the product's."""
+def measured(p: Point, device: torch.device, precision: Precision, *, dense: bool) -> dict[str, float]:
+    """The point, and times as multiples of the product's in the same precision."""
     gen = torch.Generator().manual_seed(0)
     xs = [torch.randn(p.batch, p.d_in, generator=gen).to(device) for _ in range(N_INPUTS)]
-    steps = {path: stepper(p, path, xs[0]) for path in ("sparse", *(["dense"] if dense else []))}
-    W_enc = steps["sparse"].sae.W_enc.detach()
+    steps = {path: stepper(p, path, xs[0], precision) for path in ("sparse", *(["dense"] if dense else []))}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    W_enc, operands = steps["sparse"].sae.W_enc.detach().to(dtype), [x.to(dtype) for x in xs]
 
     def call(f: Callable[[Tensor], object], i: int) -> object:
         return f(xs[i])
 
     calls: dict[str, Call] = {path: partial(call, step) for path, step in steps.items()}
-    calls["product"] = partial(call, lambda x: x @ W_enc)
+    calls["product"] = lambda i: operands[i] @ W_enc
     for one in calls.values():
         warm(one, device)
     times = interleaved(calls, timer(device), SECONDS)
@@ -69,14 +71,16 @@ def measured(p: Point, device: torch.device, *, dense: bool) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--only", action="append", choices=list(SWEEPS), help="repeatable; by default all")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    report: dict[str, object] = {**about(device), "dtype": "float32"}
-    for sweep, points in SWEEPS.items():
+    report: dict[str, object] = {**about(device), "precision": arguments.precision}
+    for sweep in arguments.only or SWEEPS:
         rows = []
-        for p in points:
-            rows.append(measured(p, device, dense=sweep == "l0"))
+        for p in SWEEPS[sweep]:
+            rows.append(measured(p, device, arguments.precision, dense=sweep == "l0"))
             print(sweep, {name: round(value, 2) for name, value in rows[-1].items()}, flush=True)
         report[sweep] = rows
     if arguments.out is not None:

@@ -7,7 +7,7 @@
 
 Each SAE folder is SAELens' layout; in a checkpoint `step.safetensors` beside it has the optimizer's state and the
 exact parameters, whose biases the scale is not folded into. `run.json` says where ring, tokens and metrics stood, and
-`forwards.safetensors` has the tokens of the forwards whose rows the ring held.
+`forwards.safetensors` has the tokens of the forwards whose rows the ring held, `ring.safetensors` these rows where save.ring asks for them.
 """
 
 import json
@@ -28,7 +28,8 @@ from fastsae.sae import SAE
 from fastsae.step import TrainStep
 
 CHECKPOINTS, SAES, CONFIG_FILE = "checkpoints", "saes", "config.toml"
-STEP_FILE, RUN_FILE, FORWARDS_FILE = "step.safetensors", "run.json", "forwards.safetensors"
+STEP_FILE, RUN_FILE = "step.safetensors", "run.json"
+FORWARDS_FILE, RING_FILE = "forwards.safetensors", "ring.safetensors"
 
 
 def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
@@ -55,12 +56,13 @@ def save_checkpoint(
     steps: Mapping[str, TrainStep],
     state: Mapping[str, Any],
     forwards: Mapping[str, Tensor],
+    ring: Mapping[str, Tensor] | None,
     config_toml: str,
     keep: int | None,
 ) -> Path:
     """Write `checkpoints/<n_tokens>` and drop the oldest ones past `keep`. Returns the folder.
 
-    state: what goes into run.json. forwards: the tensors beside it.
+    state: what goes into run.json. forwards, ring: the tensors beside it.
 
     It appears under its name only when it is complete. Raises RunError where it cannot be written.
     """
@@ -79,6 +81,8 @@ def save_checkpoint(
         )
         (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
         save_file(dict(forwards), aside / FORWARDS_FILE)
+        if ring is not None:
+            save_file({name: rows.contiguous() for name, rows in ring.items()}, aside / RING_FILE)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
     except (OSError, SafetensorError, RunError) as error:
@@ -101,6 +105,8 @@ class Checkpoint:
         try:
             self.state: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
             self.forwards: dict[str, Tensor] = load_file(folder / FORWARDS_FILE)
+            there = (folder / RING_FILE).exists()
+            self.ring: dict[str, Tensor] | None = load_file(folder / RING_FILE) if there else None
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
 

@@ -79,6 +79,9 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Run to go on with, from its newest checkpoint.", metavar="RUN")
     ] = None,
+    save_ring: Annotated[
+        bool, typer.Option("--save-ring", help="Checkpoints hold the ring: a resume runs no forward again.")
+    ] = False,
     wandb: Annotated[str | None, typer.Option(help="Project on Weights & Biases.", metavar="PROJECT")] = None,
     set_: Set = None,
     dry_run: Annotated[
@@ -119,6 +122,7 @@ def train(
             "batch_size": batch_size,
             "precision": precision,
         },
+        "save": {"ring": save_ring or None},
         "log": {"wandb": wandb},
     }
     overrides = merged(fields, set_)
@@ -136,11 +140,14 @@ def train(
     if resume is None:
         job = prepare(load_config(config, overrides))
     else:
+        resume = resume.resolve()
         checkpoint, resolved = newest(resume), config_of(resume, overrides)
         if is_finished(resume, checkpoint, resolved):
             console.print(
                 f"{resume} is finished: {resolved.n_tokens:,} activations", highlight=False, soft_wrap=True
             )
+            if json_:
+                print(to_json({"run_dir": str(resume), "n_tokens": resolved.n_tokens, "interrupted": False}))
             return
         job = prepare(resolved, checkpoint=checkpoint)
     if dry_run:
@@ -157,7 +164,7 @@ def train(
     try:
         result = run(job, [ConsoleSink(job.config.n_tokens, console)])
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted at once: nothing more is saved", file=sys.stderr)
         raise typer.Exit(130) from None
     console.print(closing_table(result.metrics))
     console.print(
@@ -262,6 +269,7 @@ def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     facts = {**versions(), "device": device_name(pick_device("auto")), "backend": backend_name()}
     mem_bytes = None
     if config is not None:
+        config = config / "config.toml" if config.is_dir() else config  # a run's
         unnamed = load_config(config, merged({}, set_)).model_copy(update={"name": None})  # it is no new run
         job = prepare(unnamed)
         job.close()

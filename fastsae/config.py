@@ -257,6 +257,8 @@ class SaveConfig(Section):
     """Activations between validations; only at the end where not given."""
     keep: PositiveInt | None = None
     """Checkpoints to keep, the newest; all of them where not given."""
+    ring: bool = False
+    """Store the ring's activations in a checkpoint, so that a resume runs no forward again: where that costs more than the disk."""
     baselines: bool = True
     """Measure simple replacements beside the SAEs at the end: four more forwards over the validation tokens each."""
 

@@ -55,6 +55,10 @@ class _History:
         self._done = [w for w in self._done if w.fill + (w.n_late > 0) >= first_fill(fill - 1)]
         self._done.append(_Written(what, fill, len(rows) - late, late, stream))
 
+    def adopt(self, written: list[_Written]) -> None:
+        """Remember what is in the ring already."""
+        self._done = written
+
     def held(self, fill_number: int) -> list[tuple[_Written, int]]:
         """What the ring held behind that fill, and of each how many rows belong to earlier fills."""
         first = first_fill(fill_number)
@@ -75,6 +79,10 @@ class Feeder(Protocol):
 
     def replay(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], bool]:
         """What brings that again, some a call, False behind the last; what `forward` brings then comes behind it."""
+        ...
+
+    def skip(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go to behind it without bringing it: it is in the ring."""
         ...
 
 
@@ -127,19 +135,16 @@ class Harvester:
         tokens = torch.cat([written.what[0] for written, _ in held])
         keep = torch.cat([_without_first(written.what[1], n) for written, n in held])
         sizes = [len(written.what[0]) for written, _ in held]
-        return {"sizes": sizes, "stream": held[-1][0].stream}, {"tokens": tokens, "keep": keep}
+        state = {"sizes": sizes, "fills": _fills(held), "stream": held[-1][0].stream}
+        return state, {"tokens": tokens, "keep": keep}
 
     def replay(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], bool]:
         """What brings those rows again, a forward a call, False behind the last; the stream goes to where it stood behind it.
 
         Raises DataError where the stream is of other data.
         """
-        self.stream.load_state_dict(state["stream"])
-        self._epoch = self.stream.epoch
-        sizes = list(state["sizes"])
-        forwards: Iterator[tuple[Tensor, Tensor]] = zip(
-            tensors["tokens"].split(sizes), tensors["keep"].split(sizes), strict=True
-        )
+        self._go_to(state["stream"])
+        forwards = iter(_split(state, tensors))
 
         def more() -> bool:
             again = next(forwards, None)
@@ -148,6 +153,15 @@ class Harvester:
             return again is not None
 
         return more
+
+    def skip(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See Feeder."""
+        self._go_to(state["stream"])
+        self._history.adopt(_adopted(state, [(t.int(), k) for t, k in _split(state, tensors)]))
+
+    def _go_to(self, stream: Mapping[str, Any]) -> None:
+        self.stream.load_state_dict(stream)
+        self._epoch = self.stream.epoch
 
     def _write(self, tokens: Tensor, keep: Tensor, stream: dict[str, Any]) -> None:
         rows = keep.flatten().nonzero().squeeze(1)
@@ -163,6 +177,22 @@ class Harvester:
     ) -> None:
         with self.timeline.part("ring"):
             write(name, acts.flatten(0, 1))
+
+
+def _split(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and keep of every forward."""
+    sizes = list(state["sizes"])
+    return list(zip(tensors["tokens"].split(sizes), tensors["keep"].split(sizes), strict=True))
+
+
+def _fills(held: list[tuple[_Written, int]]) -> list[tuple[int, int, int]]:
+    """Per thing held: the fill of its first row, the rows in that, and those in the next; rows of earlier fills left out."""
+    return [(w.fill + 1, w.n_late, 0) if n else (w.fill, w.n_now, w.n_late) for w, n in held]
+
+
+def _adopted(state: Mapping[str, Any], whats: list[Any]) -> list[_Written]:
+    pairs = zip(whats, state["fills"], strict=True)
+    return [_Written(what, fill, now, late, state["stream"]) for what, (fill, now, late) in pairs]
 
 
 def _without_first(keep: Tensor, n: int) -> Tensor:
@@ -217,7 +247,7 @@ class DiskFeeder:
         """See Feeder."""
         held = self._history.held(fill_number)
         pieces = [[*written.what[0], written.what[1] + n] for written, n in held]
-        return {"pieces": pieces, "stream": held[-1][0].stream}, {}
+        return {"pieces": pieces, "fills": _fills(held), "stream": held[-1][0].stream}, {}
 
     def replay(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Callable[[], bool]:
         """See Feeder."""
@@ -231,6 +261,11 @@ class DiskFeeder:
             return again is not None
 
         return more
+
+    def skip(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See Feeder."""
+        self._at = tuple(state["stream"]["at"])
+        self._history.adopt(_adopted(state, [((p[0], p[1]), p[2]) for p in state["pieces"]]))
 
     def _write(self, at: tuple[int, int], skip: int) -> None:
         """A piece without its first rows."""

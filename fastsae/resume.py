@@ -51,7 +51,7 @@ def mark(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, p in sorted(model.named_parameters()):
         flat = p.detach().reshape(-1) if p.is_contiguous() else p.detach().flatten()
-        ends = torch.cat([flat[:MARKED], flat[-MARKED:]]).double().cpu()
+        ends = torch.cat([flat[:MARKED], flat[-MARKED:]]).cpu().double()
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + ends.numpy().tobytes())
     return digest.hexdigest()
 

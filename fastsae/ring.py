@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastsae.errors import ConfigError, DataError
+from fastsae.errors import ConfigError, DataError, first_line
 from fastsae.seeds import generator
 
 SEGMENTS = 6
@@ -85,7 +85,7 @@ class RingBuffer:
         self._order = torch.empty(0, dtype=torch.int64)  # slots of this phase, in the order of drawing
         self.cursor = 0
         self._segments = list(range(SEGMENTS))
-        self._point = {"fill_number": 0, "cursor": 0, "n_written": 0}
+        self._point = {"fill_number": 0, "cursor": 0, "n_written": 0, "n_waiting": 0}
         self._open_fill()
 
     @property
@@ -142,6 +142,7 @@ class RingBuffer:
                     "fill_number": self.fill_number,
                     "cursor": self.cursor,
                     "n_written": self.n_written,
+                    "n_waiting": self._n_carry,
                 }
                 yield {name: batch[:n] for name, batch in self._batch.items()}
             if n < self.batch_size:
@@ -155,6 +156,36 @@ class RingBuffer:
     def state_dict(self) -> dict[str, int]:
         """Where the run stood when the last batch was handed out: with the seed and the rows of three fills it fixes the content."""
         return dict(self._point)
+
+    def rows(self) -> dict[str, Tensor]:
+        """What it held when the last batch was handed out, for `put_back`: its slots, and what waits for the next fill. On the host."""
+        tensors = {f"data.{name}": data.cpu() for name, data in self._data.items()}
+        if (
+            self.fill_number > self._point["fill_number"]
+        ):  # the next fill has begun, and overwrites what it may
+            drawn = self._order[self._point["cursor"] :]
+            for name, batch in self._batch.items():  # into a batch that nobody has seen yet
+                tensors[f"data.{name}"] = tensors[f"data.{name}"].clone()
+                tensors[f"data.{name}"][drawn] = batch[: len(drawn)].to(self._data[name].dtype).cpu()
+        n = self._point["n_waiting"]
+        return tensors | {f"carry.{name}": carry[:n].cpu() for name, carry in self._carry.items()}
+
+    def put_back(self, state: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Bring a ring that was just made to where `state_dict` and `rows` were taken. Raises DataError where it is of another shape."""
+        for _ in range(state["fill_number"]):
+            self.n_written += len(self._segments) * self.segment
+            self._choose_segments()
+            self.fill_number, self._segments = self.fill_number + 1, self._free
+        self._open_fill()
+        self._count(state["n_written"] - self.n_written)
+        self._begin_phase()
+        self.cursor, self._point, self._n_carry = state["cursor"], dict(state), state["n_waiting"]
+        try:
+            for name, data in self._data.items():
+                data.copy_(tensors[f"data.{name}"])
+                self._carry[name][: self._n_carry].copy_(tensors[f"carry.{name}"])
+        except (KeyError, RuntimeError) as error:
+            raise DataError(f"the saved ring is not one of this run: {first_line(error)}") from None
 
     def restore(self, state: Mapping[str, int], more: Callable[[], bool]) -> None:
         """Bring a ring that was just made to where `state_dict` was taken.

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fastsae.bare import Bare, agree
 from fastsae.boot import boot, weights_of
 from fastsae.config import ModelConfig
 from fastsae.errors import SourceError, first_line
@@ -31,6 +32,8 @@ SWITCHES = {
     "hook_mlp_in": "use_hook_mlp_in",
     "hook_attn_in": "use_attn_in",
 }
+
+LIBRARIES = ("transformer_lens", "transformers")  # whose own hooks in a model change nothing
 
 HookFn = Callable[[Tensor], Tensor | None]
 """Takes activations [n, context, width]; what it returns, if anything, takes their place."""
@@ -85,6 +88,62 @@ class Source:
         inner = getattr(self.model, "original_model", None)
         self._modules = (*self.model.modules(), *(inner.modules() if inner is not None else ()))
         self._options = _frugal_options(inner)
+        self._bare: Bare | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether forwards that stop at `hooks` go past the bridge."""
+        return self._bare is not None
+
+    def take_short_way(self) -> bool:
+        """Let forwards that stop at `hooks` go through the bare Hugging Face module from here on, where that has all of them and, by a
+        forward of both, the same activations there; whether they do.
+        """
+        self._bare = None
+        if self.weights != "raw" or getattr(self.model, "original_model", None) is None:
+            return False
+        try:
+            bare = Bare(self.model)
+            if not all(bare.place(hook.resolved) for hook in self.hooks):
+                return False
+            for length in _probe_lengths(self):
+                tokens = _probe_tokens(self, length)
+                slow = self._seen(tokens)
+                self._bare = bare
+                fast = self._seen(tokens)
+                self._bare = None
+                if not all(agree(slow[name], fast.get(name, tokens)) for name in slow):
+                    return False
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError, SourceError):
+            self._bare = None
+            return False
+        self._bare = bare
+        return True
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody else has hooks in the model, which have to fire."""
+        if any(point.fwd_hooks for point in self.model.hook_dict.values()):
+            return True
+        fns = (
+            fn
+            for module in self._modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for fn in hooks.values()
+        )
+        return any(str(getattr(fn, "__module__", "")).split(".")[0] not in LIBRARIES for fn in fns)
+
+    def _seen(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What `hooks` see."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> HookFn:
+            def fn(acts: Tensor) -> None:
+                seen[name] = acts.clone()
+
+            return fn
+
+        self.forward(tokens, [(hook.resolved, keep(hook.name)) for hook in self.hooks], stop=True)
+        return seen
 
     def check_context_size(self, context_size: int) -> None:
         """Raise SourceError where the model cannot take contexts of `context_size` tokens."""
@@ -109,15 +168,43 @@ class Source:
     ) -> Float[Tensor, "n context d_vocab"] | None:
         """One forward on tokens as they are, in eval mode, with hooks at places given by `resolved` name.
 
-        With `stop` nothing runs behind the hook that fires last, and None is returned. On leaving, also by
+        With `stop` nothing runs behind the hook that fires last, and None is returned; what hooks return is then of no use. On leaving, also by
         an exception, our hooks are gone, and modes, switches and the user's own hooks are as they were.
 
         Raises SourceError if a hook did not fire.
         """
+        if stop and self._bare is not None and not self._is_hooked():
+            silent = self._run_bare(self._bare, tokens, hooks)
+            if silent is not None:
+                if silent:
+                    raise SourceError(f"{', '.join(silent)} did not fire in a forward")
+                return None
         logits, silent = self._run(tokens, hooks, stop)
         if silent:
             raise SourceError(f"{', '.join(silent)} did not fire in a forward")
         return logits
+
+    def _run_bare(self, bare: Bare, tokens: Tensor, hooks: Sequence[tuple[str, HookFn]]) -> list[str] | None:
+        """The places that did not fire; None where the bare module has not all of them, and nothing was run."""
+        if not hooks or not all(bare.place(name) for name, _ in hooks):
+            return None
+        waiting = set(range(len(hooks)))
+
+        def taking(number: int, fn: HookFn) -> Callable[[Tensor], None]:
+            def take(acts: Tensor) -> None:
+                waiting.discard(number)
+                fn(acts)
+                if not waiting:
+                    raise _Stop
+
+            return take
+
+        try:
+            taken = [(name, taking(number, fn)) for number, (name, fn) in enumerate(hooks)]
+            bare.forward(self.to_device(tokens), taken, self._options)
+        except _Stop:
+            pass
+        return [hooks[number][0] for number in sorted(waiting)]
 
     @torch.no_grad()
     def _run(
@@ -179,6 +266,7 @@ def load_source(cfg: ModelConfig, device: torch.device, model: Any | None = None
             )
     source.hooks = resolve_hooks(source.model, cfg.hook)
     source.ce_reason = _no_cross_entropy(source, missing)
+    source.take_short_way()
     return source
 
 

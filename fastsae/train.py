@@ -83,7 +83,7 @@ def resume(
     Raises: as `train`; ConfigError that names another field that is overridden, RunError for a run that is finished, has no checkpoint, or
         was trained on given activations.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).resolve()
     checkpoint, config = newest(run_dir), config_of(run_dir, overrides)
     if is_finished(run_dir, checkpoint, config):
         raise RunError(f"the run {run_dir} is finished: {config.n_tokens:,} activations")
@@ -102,9 +102,7 @@ def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
                 if job.checkpoint is None:
                     ring.fill(more)
                 elif feeder is not None:
-                    state = job.checkpoint.state
-                    again = feeder.replay(state["forwards"], job.checkpoint.forwards)
-                    ring.restore(state["ring"], _until(stop, again))
+                    _fill_again(job.checkpoint, ring, feeder, stop)
             if ring.n_written == 0:
                 raise DataError("the dataset ended before its first activation; nothing was trained")
             steps = _steps(job, ring)
@@ -278,6 +276,7 @@ class _Loop:
                 self.steps,
                 state,
                 tensors,
+                ring.rows() if job.config.save.ring else None,
                 to_toml(job.config),
                 job.config.save.keep,
             )
@@ -364,6 +363,18 @@ def _until(stop: threading.Event, write: Callable[[], bool]) -> Callable[[], boo
     return more
 
 
+def _fill_again(checkpoint: Checkpoint, ring: RingBuffer, feeder: Feeder, stop: threading.Event) -> None:
+    """The ring as the checkpoint has it: by its rows where they were saved, else by the forwards that brought them."""
+    state = checkpoint.state
+    if checkpoint.ring is not None:
+        ring.put_back(state["ring"], checkpoint.ring)
+        feeder.skip(state["forwards"], checkpoint.forwards)
+        checkpoint.ring = None  # its memory
+    else:
+        again = feeder.replay(state["forwards"], checkpoint.forwards)
+        ring.restore(state["ring"], _until(stop, again))
+
+
 def _pieces(job: Job, ring: RingBuffer) -> Callable[[], bool]:
     assert job.rows is not None
     pieces = (piece for chunk in job.rows for piece in chunk.split(job.max_write))
@@ -386,10 +397,7 @@ def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
     """
     config = job.config
     if job.checkpoint is not None:
-        try:
-            os.truncate(job.run_dir / METRICS_FILE, job.checkpoint.state["metrics_bytes"])
-        except OSError as error:
-            raise RunError(f"cannot write {job.run_dir / METRICS_FILE}: {reason(error)}") from None
+        _cut_off(job.run_dir / METRICS_FILE, job.checkpoint.state["metrics_bytes"])
         with Sinks([*_own_sinks(job), *sinks]) as sink:
             yield sink
         return
@@ -406,6 +414,18 @@ def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
         raise
     with Sinks([*own, *sinks]) as sink:
         yield sink
+
+
+def _cut_off(path: Path, n_bytes: int) -> None:
+    """Drop what lies behind the first n_bytes of a file."""
+    try:
+        size = path.stat().st_size
+        if size >= n_bytes:
+            os.truncate(path, n_bytes)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {reason(error)}") from None
+    if size < n_bytes:
+        raise RunError(f"{path} has {size} bytes, but had {n_bytes} at the checkpoint; put the old one back")
 
 
 def _own_sinks(job: Job) -> list[Sink]:

@@ -52,7 +52,7 @@ LAYERS = [
     {"counters", "init", "memory", "graphs", "documents", "blocks", "log"},
     {"dense", "sparse"},
     {"step"},
-    {"packing", "boot", "checkpoint", "calibrate", "shards"},
+    {"packing", "boot", "bare", "checkpoint", "calibrate", "shards"},
     {"tokens", "source", "resume"},
     {"harvest", "evaluate", "splice"},
     {"prepare"},

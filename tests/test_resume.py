@@ -106,7 +106,8 @@ def test_after_an_interrupt(stop_at, config, tmp_path):
     assert steps == sorted(set(steps)) and set(range(10, 71, 10)) <= set(steps)
 
 
-def test_an_interrupt_in_the_middle_of_a_fill(config, monkeypatch):
+@pytest.mark.parametrize("save_ring", [False, True])
+def test_an_interrupt_in_the_middle_of_a_fill(save_ring, config, monkeypatch):
     """The fill that had begun is begun again."""
     whole = fastsae.train(config(**SHAPE))
     train = sys.modules["fastsae.train"]
@@ -122,12 +123,32 @@ def test_an_interrupt_in_the_middle_of_a_fill(config, monkeypatch):
         return forward(self)
 
     monkeypatch.setattr(train.Harvester, "forward", counted)
-    stopped = fastsae.train(config(**SHAPE, name="stopped"))
+    stopped = fastsae.train(config(**SHAPE, name="stopped", save={"ring": save_ring}))
     monkeypatch.setattr(train.Harvester, "forward", forward)
     assert stopped.interrupted
     state = json.loads((checkpoints(stopped.run_dir)[-1] / "run.json").read_text())
     assert state["ring"]["fill_number"] == 2, "the one before"
     assert same(weights(fastsae.resume(stopped.run_dir)), weights(whole))
+
+
+@pytest.mark.parametrize("switch", ["kept", "dropped", "added"])
+def test_a_saved_ring_spares_the_forwards(switch, config, tmp_path, monkeypatch):
+    """To the same bits, from any step; and a resume may save it no longer, or for the first time."""
+    save = {"checkpoint_every": 600, "ring": switch != "added"}
+    whole = fastsae.train(config(**SHAPE, save=save))
+    train = sys.modules["fastsae.train"]
+    for at in checkpoints(whole.run_dir)[:-1]:
+        copied = copy_of(whole.run_dir, at, tmp_path)
+        assert (at / "ring.safetensors").exists() == save["ring"]
+        calls, replay = [], train.Harvester.replay
+        monkeypatch.setattr(train.Harvester, "replay", lambda *a, r=replay, c=calls: c.append(1) or r(*a))
+        fields = {"save": {"ring": switch != "dropped"}}
+        again = fastsae.resume(copied, fields, sinks=[StopAt(int(at.name) + 700)])
+        assert len(calls) == (not save["ring"])
+        if again.interrupted:
+            again = fastsae.resume(copied, fields)
+        monkeypatch.setattr(train.Harvester, "replay", replay)
+        assert same(weights(again), weights(whole)), at
 
 
 def test_several_saes_and_hook_points_go_on_together(config, tmp_path):
@@ -224,3 +245,13 @@ def test_a_run_on_a_model_object_wants_it_again(config):
     with pytest.raises(RunError, match="model object"):
         fastsae.resume(stopped.run_dir)
     assert same(weights(fastsae.resume(stopped.run_dir, model=model)), weights(whole))
+
+
+def test_figures_that_are_gone_are_not_made_up(stopped, monkeypatch):
+    (stopped / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl has 3 bytes"):
+        fastsae.resume(stopped)
+    monkeypatch.chdir(stopped.parent)
+    (stopped / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl"):
+        fastsae.resume(stopped.name)

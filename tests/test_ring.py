@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +13,7 @@ from fastsae.errors import ConfigError
 from fastsae.ring import RingBuffer
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 class Stream:
@@ -154,3 +160,45 @@ def test_a_restored_ring_goes_on_as_the_first(capacity, batch_size, per_forward,
     assert len(rest) == len(all_batches) - at - 1
     for mine, theirs in zip(rest, all_batches[at + 1 :], strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+RESIDENT = """
+import resource, torch
+from fastsae.ring import RingBuffer
+torch.set_num_threads(1)
+D, FORWARD, BATCH = 256, 4096, 4096
+acts, rows = torch.ones(FORWARD, D), torch.arange(FORWARD)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def made(capacity, phases):
+    ring = RingBuffer({"a": D}, capacity, BATCH, n_rows=10**9, max_write=FORWARD, device=torch.device("cpu"))
+    def more():
+        with ring.writing(rows) as write:
+            write("a", acts)
+        return True
+    batches = ring.batches(more)
+    for _ in range(phases * capacity // 2 // BATCH):
+        next(batches)
+    return ring
+
+made(8 * BATCH, 2)  # what torch itself takes on the way
+before = peak()
+ring = made(60 * BATCH, 3)
+print(ring.mem_bytes, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_the_process_takes_what_the_formula_says():
+    """At its peak, over three phases: no second copy of anything at any time."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True, env=env
+    )
+    mem_bytes, taken = map(int, done.stdout.split())
+    rows = 60 * 4096 + 4095 + 4096
+    assert mem_bytes == rows * 256 * 4
+    freed = (8 * 4096 + 4095 + 4096) * 256 * 4  # the small ring's, which may be used again
+    assert mem_bytes - freed - 2**24 <= taken <= mem_bytes + max(0.02 * mem_bytes, 2**24)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from fastsae import bare
 from fastsae.config import ModelConfig
 from fastsae.errors import SourceError
 from fastsae.source import Source, load_source, resolve_hooks
@@ -309,3 +310,89 @@ def test_folders_that_cannot_be_loaded(tmp_path, folders):
         load(str(tmp_path / "nowhere"))
     with pytest.raises(SourceError, match="cannot load the model nobody/nothing"):
         load("nobody/nothing")
+
+
+SHORT = (
+    "blocks.1.hook_resid_pre",
+    "blocks.0.hook_mlp_out",
+    "blocks.1.hook_attn_out",
+    "blocks.1.hook_resid_post",
+)
+
+
+def seen_by(source, tokens):
+    seen = {}
+    hooks = [(h.resolved, lambda a, name=h.name: seen.__setitem__(name, a.clone())) for h in source.hooks]
+    assert source.forward(tokens, hooks, stop=True) is None
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "bert"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_short_way_gives_the_same_activations(kind, dtype, tmp_path):
+    """Through the bare Hugging Face module, at every hook point, also where weights have changed since."""
+    folder = save_model(kind, tmp_path)
+    cfg = ModelConfig(name=folder, hook=SHORT if kind != "bert" else SHORT[3:], dtype=dtype)
+    source = load_source(cfg, torch.device("cpu"))
+    assert source.is_short
+    tokens = torch.randint(D_VOCAB, (3, 24), generator=torch.Generator().manual_seed(1))
+    limit = 1e-5 if dtype == "float32" else 0.03
+    for _ in range(2):
+        short, source._bare, bare = seen_by(source, tokens), None, source._bare
+        long, source._bare = seen_by(source, tokens), bare
+        assert short.keys() == long.keys() == set(cfg.hook)
+        for name, acts in long.items():
+            assert short[name].dtype == acts.dtype
+            assert (short[name] - acts).abs().max() <= limit * acts.abs().max(), name
+        with torch.no_grad():
+            for p in source.model.parameters():
+                p.mul_(0.9)
+
+
+def test_the_long_way_is_taken_where_it_has_to_be(tmp_path):
+    """Parts that only the bridge has, folded weights, somebody else's hooks: which fire, and change what ours see."""
+    folder = save_model("gpt2", tmp_path)
+
+    def load(*hook, **fields):
+        return load_source(ModelConfig(name=folder, hook=hook, **fields), torch.device("cpu"))
+
+    assert not load("blocks.1.attn.hook_q").is_short
+    assert not load(PRE, weights="processed").is_short
+    source, tokens = load(PRE), torch.arange(12)[None]
+    plain, fired = seen_by(source, tokens)[PRE], []
+
+    def halve(acts, hook):
+        fired.append(hook.name)
+        return acts / 2
+
+    with source.model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", halve)]):
+        changed = seen_by(source, tokens)[PRE]
+    assert fired and not torch.allclose(changed, plain)
+    handle = source.model.blocks[0].register_forward_pre_hook(lambda *_: fired.append("torch"))
+    seen_by(source, tokens)
+    handle.remove()
+    assert fired[-1] == "torch"
+    source.forward(tokens)  # Hugging Face installs hooks of its own
+    ran = []
+    source._bare.module.transformer.h[0].register_forward_hook(lambda *_: ran.append(1))
+    seen_by(source, tokens)
+    source.model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_resid_post", halve)])
+    seen_by(source, tokens)
+    assert len(ran) == 2, "the short way again"
+    assert torch.equal(seen_by(source, tokens)[PRE], plain)
+
+
+def test_activations_that_differ_are_not_taken(tmp_path, monkeypatch):
+    hooked = bare._hooked
+    monkeypatch.setattr(bare, "_hooked", lambda m, take, out: hooked(m, lambda a: take(1.01 * a), out))
+    source = load_source(ModelConfig(name=save_model("gpt2", tmp_path), hook=(PRE,)), torch.device("cpu"))
+    assert not source.is_short
+
+
+def test_the_short_way_ends_at_the_deepest_hook_point(tmp_path):
+    source = load_source(ModelConfig(name=save_model("gpt2", tmp_path), hook=(PRE,)), torch.device("cpu"))
+    ran = []
+    for number, block in enumerate(source._bare.module.transformer.h):
+        block.register_forward_hook(lambda *_, n=number: ran.append(n))
+    seen_by(source, torch.arange(12)[None])
+    assert ran[-1] <= 1 and 2 not in ran

@@ -29,6 +29,17 @@ from fastsae.step import TrainStep
 
 CHECKPOINTS, SAES, CONFIG_FILE = "checkpoints", "saes", "config.toml"
 STEP_FILE, RUN_FILE = "step.safetensors", "run.json"
+FIELDS = {
+    "n_tokens",
+    "step",
+    "n_rows",
+    "metrics_bytes",
+    "model",
+    "model_given",
+    "machine",
+    "ring",
+    "forwards",
+}  # of run.json
 FORWARDS_FILE, RING_FILE = "forwards.safetensors", "ring.safetensors"
 
 
@@ -90,7 +101,7 @@ def save_checkpoint(
         raise RunError(f"cannot write the checkpoint {final}: {reason(error)}") from None
     if keep is not None:
         for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -109,6 +120,10 @@ class Checkpoint:
             self.ring: dict[str, Tensor] | None = load_file(folder / RING_FILE) if there else None
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
+        if not isinstance(self.state, dict) or not self.state.keys() >= FIELDS:
+            raise RunError(
+                f"cannot read the checkpoint {folder}: {RUN_FILE} lacks fields; was it made by another version?"
+            )
 
     def restore(self, name: str, step: TrainStep) -> None:
         """Bring an SAE and its step to where they stood, to the bit. Raises RunError where they are not in it, or of another shape."""

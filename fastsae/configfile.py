@@ -60,8 +60,9 @@ def to_toml(config: RunConfig) -> str:
     if config.step.grad_clip is None:
         data["step"]["grad_clip"] = False
     for entry, dumped in zip(config.saes, entries, strict=True):
-        if "grad_clip" in entry.step.model_fields_set and entry.step.grad_clip is None:
-            dumped["step"]["grad_clip"] = False
+        for field in ("grad_clip", "ema_decay"):
+            if field in entry.step.model_fields_set and getattr(entry.step, field) is None:
+                dumped["step"][field] = False
     return tomlkit.dumps({**data, **({"saes": entries} if entries else {})})
 
 

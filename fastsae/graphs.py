@@ -24,23 +24,33 @@ class Recorder(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph. All of a device share their memory: none runs beside another, and results are read before the next."""
+    """A CUDA graph.
 
-    _pools: ClassVar[dict[torch.device, Any]] = {}
+    Args:
+        beside: one whose memory it may share: neither runs beside the other, and results are read before the next replay.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._graph = device, torch.cuda.CUDAGraph()
-        if device not in self._pools:
-            self._pools[device] = torch.cuda.graph_pool_handle()
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # torch's own is one for all devices
+
+    def __init__(self, device: torch.device, beside: "CudaGraph | None" = None) -> None:
+        self._device, self._beside, self._graph = device, beside, torch.cuda.CUDAGraph()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        # "thread_local": another thread may allocate meanwhile
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, pool=self._pools[self._device], capture_error_mode="thread_local"),
-        ):
-            yield
+        with torch.cuda.device(self._device):
+            stream = self._streams.setdefault(self._device, torch.cuda.Stream(self._device))
+            before = torch.cuda.current_stream()
+            pool = None if self._beside is None else self._beside._graph.pool()
+            try:
+                # "thread_local": another thread may allocate meanwhile
+                with torch.cuda.graph(
+                    self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    yield
+            except BaseException:
+                torch.cuda.set_stream(before)  # which a capture that fails does not leave
+                raise
+        self._beside = None
 
     def replay(self) -> None:
         self._graph.replay()

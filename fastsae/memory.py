@@ -39,10 +39,14 @@ def predict(
     batch = min(config.step.batch_size, config.n_tokens)
     slots, carry = rows_held(config.ring.capacity, config.n_tokens, max_write)
     row_bytes = sum(widths.values()) * ring_dtype.itemsize
+    step_sizes = [step_bytes(shape, steps[key], batch, device_type) for key, shape in shapes.items()]
+    kept = device_type == "cuda" and any(
+        steps[key].cuda_graph for key in shapes
+    )  # a recorded step keeps its memory
     return {
         "ring": (slots + carry + batch) * row_bytes,
         "saes": sum(sae_bytes(shape, steps[key]) for key, shape in shapes.items()),
-        "step": max(step_bytes(shape, steps[key], batch, device_type) for key, shape in shapes.items()),
+        "step": sum(step_sizes) if kept else max(step_sizes),
     }
 
 

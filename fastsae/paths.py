@@ -28,7 +28,7 @@ class Delayed:
     def __init__(self, first: float, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self.there = torch.full((), first, dtype=torch.float64, pin_memory=on_gpu)
-        self._arrived = torch.cuda.Event() if on_gpu else None
+        self._device, self._arrived = device, torch.cuda.Event() if on_gpu else None
 
     def exchange(self, now: Tensor) -> float:
         """The number that the last call was given; takes the next one. To be called at multiples of 50 steps."""
@@ -37,7 +37,7 @@ class Delayed:
         before = float(self.there)
         self.there.copy_(now, non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self._device))
         return before
 
 
@@ -135,7 +135,7 @@ class Capacity:
         """The step's fullest row, on its way to the host."""
         self._noted.copy_(fullest, non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self._device))
 
     def overflowed(self) -> bool:
         """Whether the step that was noted last had a row without room; waits until its selection is done, not for the step's end."""

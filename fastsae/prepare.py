@@ -90,7 +90,12 @@ def prepare(
             "device": str(device),
             "name": config.name or fresh_name(),
             "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
-            "data": config.data.model_copy(update={"dataset": _absolute(config.data.dataset)}),
+            "data": config.data.model_copy(
+                update={
+                    "dataset": _absolute(config.data.dataset),
+                    "activations": config.data.activations and config.data.activations.absolute(),
+                }
+            ),
         }
     )
     if checkpoint is None:

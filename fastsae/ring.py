@@ -137,13 +137,15 @@ class RingBuffer:
             n = 0
             while n < self.batch_size and self._ready(more):
                 n += self._draw(n)
-            if n:
-                self._point = {
+                # before the next look for rows: behind the run's last ones that begins a fill which stays empty
+                point = {
                     "fill_number": self.fill_number,
                     "cursor": self.cursor,
                     "n_written": self.n_written,
                     "n_waiting": self._n_carry,
                 }
+            if n:
+                self._point = point
                 yield {name: batch[:n] for name, batch in self._batch.items()}
             if n < self.batch_size:
                 return

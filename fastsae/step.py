@@ -7,6 +7,7 @@ same numbers: dense.py for many active latents, sparse.py for few.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Self
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float
@@ -453,7 +454,14 @@ def _recorder(sae: SAE) -> Callable[[], Recorder] | None:
         return None
     from fastsae_kernels._launch import backend  # loads triton: not at the top
 
-    return (lambda: CudaGraph(device)) if backend(sae.W_dec) == "triton" else None
+    made: WeakSet[CudaGraph] = WeakSet()
+
+    def new() -> Recorder:
+        graph = CudaGraph(device, next(iter(made), None))
+        made.add(graph)
+        return graph
+
+    return new if backend(sae.W_dec) == "triton" else None
 
 
 def _check_shapes(cfg: SAEConfig, x: Tensor, target: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.checkpoint import CONFIG_FILE, Checkpoint, save_checkpoint, save_final
+from fastsae.checkpoint import CONFIG_FILE, SAES, Checkpoint, save_checkpoint, save_final
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
 from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError, reason
@@ -92,6 +92,8 @@ def resume(
 
 def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
     """Train a prepared job; see `train`. The run folder is made after the first fill of the ring."""
+    if job.device.type == "cuda":
+        torch.cuda.set_device(job.device)
     try:
         with interruptible() as stop:
             clock, timeline = _Clock(), Timeline(job.device)
@@ -398,6 +400,9 @@ def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
     config = job.config
     if job.checkpoint is not None:
         _cut_off(job.run_dir / METRICS_FILE, job.checkpoint.state["metrics_bytes"])
+        shutil.rmtree(
+            job.run_dir / SAES, ignore_errors=True
+        )  # of where it was stopped: not what the run ends with
         with Sinks([*_own_sinks(job), *sinks]) as sink:
             yield sink
         return

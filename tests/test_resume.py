@@ -255,3 +255,38 @@ def test_figures_that_are_gone_are_not_made_up(stopped, monkeypatch):
     (stopped / "metrics.jsonl").unlink()
     with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl"):
         fastsae.resume(stopped.name)
+
+
+def test_nothing_is_drawn_twice_where_nothing_is_left(config, tmp_path):
+    """From the checkpoint behind the last, short batch, with the ring in it: the weights stay, and the run is ended as it was."""
+    fields = {**SHAPE, "n_tokens": 5000, "save": {"ring": True}}
+    whole = fastsae.train(config(**fields))
+    copied = copy_of(whole.run_dir, checkpoints(whole.run_dir)[-1], tmp_path)
+    again = fastsae.resume(copied)
+    assert again.n_tokens == 5000 and same(weights(again), weights(whole))
+    early = {**fields, "n_tokens": 100_000, "data": {"on_exhausted": "stop"}, "name": "early"}
+    with pytest.warns(UserWarning, match="ended after"):
+        ended = fastsae.train(config(**early))
+    with pytest.warns(UserWarning, match="ended after"):
+        again = fastsae.resume(ended.run_dir)
+    assert again.n_tokens == ended.n_tokens and same(weights(again), weights(ended))
+
+
+def test_what_a_stopped_run_left_is_not_taken_for_its_end(stopped, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fastsae.train"], "save_final", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fastsae.resume(stopped)
+    assert not (stopped / "saes").exists()
+    assert fastsae.load(stopped).metadata is not None, "the newest checkpoint's"
+
+
+def test_an_average_that_one_entry_does_without(config):
+    entries = [{"name": "a"}, {"name": "b", "step": {"ema_decay": False}}]
+    fields = {**SHAPE, "step": {"ema_decay": 0.9}, "saes": entries}
+    whole = fastsae.train(config(**fields))
+    cut = fastsae.train(config(**fields, name="cut"), sinks=[StopAt(3000)])
+    again = fastsae.resume(cut.run_dir)
+    assert all(same(weights(again, key), weights(whole, key)) for key in whole.saes)

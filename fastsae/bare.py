@@ -1,7 +1,7 @@
 """The Hugging Face module inside a TransformerBridge without the bridge around it: the same parameters, hooks of its own, fused attention.
 
 The bridge computes attention and norms in Python, so that each of their parts is a hook point; where none of those parts is asked for,
-the module as Hugging Face wrote it gives the same activations in half of the time (benches/results/end_to_end.json).
+the module as Hugging Face wrote it gives the same activations in 0.76 of the time on a CPU (benches/results/end_to_end.json).
 """
 
 import copy

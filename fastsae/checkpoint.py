@@ -55,7 +55,6 @@ def save_final(run_dir: Path, saes: Mapping[str, SAE]) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         save_saes(aside, saes)
-        shutil.rmtree(run_dir / SAES, ignore_errors=True)  # those of a run that was stopped and resumed
         os.replace(aside, run_dir / SAES)
     except OSError as error:
         raise RunError(f"cannot write {run_dir / SAES}: {reason(error)}") from None

@@ -174,11 +174,7 @@ class RingBuffer:
 
     def put_back(self, state: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
         """Bring a ring that was just made to where `state_dict` and `rows` were taken. Raises DataError where it is of another shape."""
-        for _ in range(state["fill_number"]):
-            self.n_written += len(self._segments) * self.segment
-            self._choose_segments()
-            self.fill_number, self._segments = self.fill_number + 1, self._free
-        self._open_fill()
+        self._skip(state["fill_number"])
         self._count(state["n_written"] - self.n_written)
         self._begin_phase()
         self.cursor, self._point, self._n_carry = state["cursor"], dict(state), state["n_waiting"]
@@ -195,11 +191,7 @@ class RingBuffer:
         `more` writes, as in the first place, the forwards of the last three fills: of a forward that lies across the border to an earlier
         fill only what fell into these. Raises DataError where they were other forwards.
         """
-        for _ in range(first_fill(state["fill_number"])):
-            self.n_written += len(self._segments) * self.segment
-            self._choose_segments()
-            self.fill_number, self._segments = self.fill_number + 1, self._free
-        self._open_fill()
+        self._skip(first_fill(state["fill_number"]))
         while True:
             self.fill(more)
             self._begin_phase()
@@ -213,6 +205,14 @@ class RingBuffer:
                 f"the ring was to have {state['n_written']} rows in {state['fill_number'] + 1} fills, and has {self.n_written} in "
                 f"{self.fill_number + 1}"
             )
+
+    def _skip(self, n_fills: int) -> None:
+        """Of a ring that was just made: as if so many whole fills had come and gone."""
+        for _ in range(n_fills):
+            self.n_written += len(self._segments) * self.segment
+            self._choose_segments()
+            self.fill_number, self._segments = self.fill_number + 1, self._free
+        self._open_fill()
 
     def _begin_fill(self) -> None:
         self.fill_number, self._segments = self.fill_number + 1, self._free

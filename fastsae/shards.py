@@ -141,8 +141,10 @@ class Writer:
 
     def damaged(self) -> list[int]:
         """Shards whose files are missing or not what was written: to be made again."""
-        there = Shards(self.folder) if self.manifest["shards"] else None
-        return [i for i in range(len(self.manifest["shards"])) if there is None or not there.is_whole(i)]
+        if not self.manifest["shards"]:
+            return []
+        there = Shards(self.folder)
+        return [i for i in range(len(there.shards)) if not there.is_whole(i)]
 
     def check_room(self, n_rows: int) -> int:
         """Bytes that so many more rows will take; ConfigError where the disk has not that much room."""

@@ -324,16 +324,15 @@ def _ring(job: Job) -> RingBuffer:
 
 def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
     """A step per SAE, whose scale and start follow from the first fill, or as the checkpoint has it."""
-    if job.checkpoint is not None:
-        steps = {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
-        for key, step in steps.items():
-            job.checkpoint.restore(key, step)
-        return steps
-    for key, sae in job.saes.items():
+    for key, sae in job.saes.items() if job.checkpoint is None else ():
         initialise(sae, lambda hook=job.hook_of[key]: ring.chunks(hook, CHUNK_ROWS))  # type: ignore[misc]
         if key in job.initial:
             sae.load_folded(job.initial[key])
-    return {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
+    steps = {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
+    if job.checkpoint is not None:
+        for key, step in steps.items():
+            job.checkpoint.restore(key, step)
+    return steps
 
 
 def _feeder(job: Job, ring: RingBuffer, timeline: Timeline) -> Feeder | None:

@@ -12,27 +12,27 @@ from torch import Tensor
 
 from fastsae import __version__
 from fastsae.cache import cache_folder
-from fastsae.config import CROSSOVER, SAEConfig, StepConfig
+from fastsae.config import CROSSOVER, Precision, SAEConfig, StepConfig
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
 
-SHAPES = {"cpu": (512, 256, 4096), "cuda": (4096, 768, 16_384)}  # batch, d_in, d_sae
+SHAPES = {"cpu": (512, 512, 8192), "cuda": (4096, 768, 16_384)}  # batch, d_in, d_sae
 SHARES = [2.0**-i for i in range(8, 1, -1)]  # of active latents, rising
 RUNS = 3  # timed steps of each path, in turns, the fastest of which counts
 
 
-def crossover(device: torch.device) -> float:
-    """Share of active latents up to which the sparse path is the faster one here.
+def crossover(device: torch.device, precision: Precision = "fp32") -> float:
+    """Share of active latents up to which the sparse path is the faster one here, with products in this precision.
 
     From the cache where this device, with as many threads and these versions, was measured before; else measured and kept, where
     the folder can be written. A constant for devices that have no sparse path.
     """
     if device.type not in SHAPES:
         return CROSSOVER.get(device.type, 0.0)
-    path, key = cache_folder() / "crossover.json", _key(device)
+    path, key = cache_folder() / "crossover.json", _key(device, precision)
     known = _read(path)
     if key not in known:
-        known[key] = measure(device)
+        known[key] = measure(device, precision)
         aside = path.with_suffix(f".{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def crossover(device: torch.device) -> float:
     return known[key]
 
 
-def measure(device: torch.device) -> float:
+def measure(device: torch.device, precision: Precision = "fp32") -> float:
     """Times both paths' steps at rising shares of active latents, and takes the share where the sparse one falls behind.
 
     Between two shares by their logarithm; three digits. 0 where the dense path always wins. Waits for the device.
@@ -52,7 +52,8 @@ def measure(device: torch.device) -> float:
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
     last: tuple[float, float] | None = None
     for share in SHARES:
-        lead = math.log(_seconds("dense", x, d_sae, share) / _seconds("sparse", x, d_sae, share))
+        dense, sparse = (_seconds(path, precision, x, d_sae, share) for path in ("dense", "sparse"))
+        lead = math.log(dense / sparse)
         if lead <= 0:
             if last is None:
                 return 0.0
@@ -62,12 +63,15 @@ def measure(device: torch.device) -> float:
     return SHARES[-1]
 
 
-def _seconds(path: str, x: Tensor, d_sae: int, share: float) -> float:
-    sae = SAE(SAEConfig(x.shape[1], d_sae), device=x.device)
+def _seconds(path: str, precision: Precision, x: Tensor, d_sae: int, share: float) -> float:
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    x, sae = x.to(dtype), SAE(SAEConfig(x.shape[1], d_sae), device=x.device, dtype=dtype)
     with torch.no_grad():
         levels = sae.pre_acts(x[:64]).flatten().sort(descending=True).values
         sae.b_enc.fill_(-float(levels[int(len(levels) * share)]))
-    step = TrainStep(sae, StepConfig.model_validate({"path": path, "lr": 1e-12, "crossover": 0.5}))
+    step = TrainStep(
+        sae, StepConfig.model_validate({"path": path, "precision": precision, "lr": 1e-12, "crossover": 0.5})
+    )
     step(x)
     times = []
     for _ in range(RUNS):
@@ -78,10 +82,13 @@ def _seconds(path: str, x: Tensor, d_sae: int, share: float) -> float:
     return min(times)
 
 
-def _key(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{name}{threads}, torch {torch.__version__}, fastsae {__version__}"
+def _key(device: torch.device, precision: Precision) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        units = torch.backends.cpu.get_cpu_capability()
+        name = f"{platform.machine()} {units}, {torch.get_num_threads()} threads"
+    return f"{name}, {precision}, torch {torch.__version__}, fastsae {__version__}"
 
 
 def _read(path: Path) -> dict[str, float]:

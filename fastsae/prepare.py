@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,14 +138,13 @@ def prepare(
         ring_dtype = getattr(torch, config.ring.dtype)
 
     saes, steps, hook_of = {}, {}, {}
-    cross: float | None = None  # one for all SAEs of the run
+    crossing = cache(crossover)  # one for all SAEs of the run, also where no cache folder can be written
     for hook, width in widths.items():
         for name, section, step, seed in config.variants():
             key = f"{hook}/{name}" if name else hook
             shape = SAEConfig(width, **section.model_dump())
             if step.path == "auto" and step.crossover == "auto":
-                cross = crossover(device) if cross is None else cross
-                step = step.model_copy(update={"crossover": cross})
+                step = step.model_copy(update={"crossover": crossing(device, step.precision)})
             steps[key], hook_of[key] = resolved_step(step, shape, n_steps(config), device.type), hook
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):

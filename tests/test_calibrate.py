@@ -20,7 +20,7 @@ def measured(monkeypatch, tmp_path):
     """Calls of `measure`, which finds 0.07; the cache folder is empty."""
     calls = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibrate, "measure", lambda device: calls.append(device) or 0.07)
+    monkeypatch.setattr(calibrate, "measure", lambda device, precision: calls.append(precision) or 0.07)
     return calls
 
 
@@ -29,13 +29,15 @@ def test_it_is_measured_once_per_machine(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 123)
     calibrate.crossover(CPU)
     assert len(measured) == 2, "other threads, another machine"
-    assert len(json.loads((tmp_path / "fastsae" / "crossover.json").read_text())) == 2
+    calibrate.crossover(CPU, "bf16")
+    assert measured == ["fp32", "fp32", "bf16"], "each precision has its own"
+    assert len(json.loads((tmp_path / "fastsae" / "crossover.json").read_text())) == 3
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": ', '{"KEY": "0.5"}', '{"KEY": 7.0}', '{"KEY": NaN}'])
 def test_a_file_that_is_no_cache_is_made_again(text, measured, tmp_path):
     (tmp_path / "fastsae").mkdir()
-    (tmp_path / "fastsae" / "crossover.json").write_text(text.replace("KEY", calibrate._key(CPU)))
+    (tmp_path / "fastsae" / "crossover.json").write_text(text.replace("KEY", calibrate._key(CPU, "fp32")))
     assert calibrate.crossover(CPU) == calibrate.crossover(CPU) == 0.07 and len(measured) == 1
 
 
@@ -60,7 +62,7 @@ def test_it_lies_where_the_sparse_path_falls_behind(cross, expected, monkeypatch
     monkeypatch.setattr(
         calibrate,
         "_seconds",
-        lambda path, _x, _n, share: 1.0 if path == "dense" else math.sqrt(share / cross),
+        lambda path, _precision, _x, _n, share: 1.0 if path == "dense" else math.sqrt(share / cross),
     )
     assert calibrate.measure(CPU) == pytest.approx(expected, rel=1e-2)
 
@@ -71,7 +73,12 @@ def test_a_run_writes_it_into_its_config_and_obeys_what_is_said(measured, config
     assert said.config.step.crossover == 0.2 and len(measured) == 1
     prepare(config(name="dense", step={"path": "dense", "lr": 1e-3, "batch_size": 128}))
     assert len(measured) == 1, "nothing to choose"
+    fields = {"lr": 1e-3, "batch_size": 128, "precision": "bf16"}
+    prepare(config(name="bf16", step=fields))
+    assert measured == ["fp32", "bf16"]
 
 
-def test_it_is_a_share_on_this_machine():
-    assert 0 <= calibrate.measure(CPU) <= 0.25
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_it_is_a_share_on_this_machine(precision, monkeypatch):
+    monkeypatch.setitem(calibrate.SHAPES, "cpu", (128, 64, 1024))
+    assert 0 <= calibrate.measure(CPU, precision) <= 0.25

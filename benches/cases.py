@@ -17,6 +17,7 @@ from benches.sparse_cases import (
     dense_loss_case,
     grad_norms_case,
     grad_rows_case,
+    move_rows_case,
     transpose_case,
     update_rows_case,
 )
@@ -192,6 +193,7 @@ OTHERS: dict[str, Make] = {
     "transpose": transpose_case,
     "grad_rows": grad_rows_case,
     "grad_norms": grad_norms_case,
+    "move_rows": move_rows_case,
     "dense_loss": dense_loss_case,
     "dense_codes_grad": dense_codes_grad_case,
 }

@@ -10,6 +10,7 @@ from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import decode, decode_ref
 from fastsae_kernels.decode_loss import decode_loss
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_codes_grad_ref, dense_loss, dense_loss_ref
+from fastsae_kernels.move_rows import move_rows, move_rows_ref
 from fastsae_kernels.testing import Tensors, assert_as_accurate, assert_close
 from fastsae_kernels.transpose import transpose, transpose_ref
 from fastsae_kernels.update import grad_norms, grad_norms_ref, grad_rows, grad_rows_ref, update_rows
@@ -227,4 +228,36 @@ def dense_codes_grad_case(w: World) -> Case:
         w.rivals(ref, lambda i: (g[i], acts[i])),
         lambda: assert_as_accurate(op, ref, (g[0], acts[0]), grads=False),
         n_bytes=3 * b * n * dtype.itemsize,
+    )
+
+
+def move_rows_case(w: World) -> Case:
+    """What a ring buffer writes of a forward: every 128th position left out, dealt to three segments of 2 * batch rows."""
+    b, d, _, _, dtype = w.shape
+    rows = torch.arange(b, dtype=torch.int32)[torch.arange(b) % 128 > 0]
+    parts = torch.rand(-(-len(rows) // 3), 3).argsort(1).flatten()[: len(rows)]
+    order = parts.argsort(stable=True)
+    slots = (2 * b * parts + torch.arange(len(rows)) // 3)[order].int()
+    ends = [0, *parts.bincount(minlength=3).cumsum(0).tolist()]
+    firsts = slots[ends[:-1]].tolist()
+    rows, slots = rows[order].to(w.device), slots.to(w.device)
+    ring, wide = w.randn(6 * b, d), slots.long()
+
+    def by_segments(i: int) -> None:
+        for first, start, end in zip(firsts, ends, ends[1:], strict=False):
+            torch.index_select(w.x[i], 0, rows[start:end], out=ring[first : first + end - start])
+
+    def scatter(i: int) -> None:
+        ring[wide] = w.x[i].index_select(0, rows)
+
+    def check() -> None:
+        move_rows(w.x[0], rows, ring, slots)
+        assert torch.equal(ring, move_rows_ref(w.x[0], rows, ring, slots))
+
+    return Case(
+        lambda i: move_rows(w.x[i], rows, ring, slots),
+        {"a gather per segment": by_segments, "gather and scatter": scatter},
+        check,
+        n_bytes=len(rows) * (2 * d * dtype.itemsize + 8),
+        copy_aim=0.9 if w.on_gpu else 0.0,
     )

@@ -31,23 +31,41 @@ def predict(
     max_write: int,
     device_type: str,
 ) -> dict[str, int]:
-    """Bytes per part, without the source model, its forward and the framework's own.
+    """Bytes per part of the device's memory, without the source model, its forward and the framework's own; "host" is what the ring
+    takes of the host's beside a GPU.
 
-    ring: `capacity`, one forward less a row, and a batch, in rows of every hook point. saes: weights and moments, and for
-    bf16 the copies that the products read. step: what the hungriest SAE's step holds beside them.
+    ring: see ring_bytes. saes: weights and moments, and for bf16 the copies that the products read. step: what the hungriest SAE's
+    step holds beside them.
     """
     batch = min(config.step.batch_size, config.n_tokens)
-    slots, carry = rows_held(config.ring.capacity, config.n_tokens, max_write)
-    row_bytes = sum(widths.values()) * ring_dtype.itemsize
+    ring, host = ring_bytes(config, widths, ring_dtype, max_write, device_type)
     step_sizes = [step_bytes(shape, steps[key], batch, device_type) for key, shape in shapes.items()]
     kept = device_type == "cuda" and any(
         steps[key].cuda_graph for key in shapes
     )  # a recorded step keeps its memory
     return {
-        "ring": (slots + carry + batch) * row_bytes,
+        "ring": ring,
         "saes": sum(sae_bytes(shape, steps[key]) for key, shape in shapes.items()),
         "step": sum(step_sizes) if kept else max(step_sizes),
+        **({"host": host} if host else {}),
     }
+
+
+def ring_bytes(
+    config: RunConfig, widths: Mapping[str, int], ring_dtype: torch.dtype, max_write: int, device_type: str
+) -> tuple[int, int]:
+    """Of the device's memory and the host's: `capacity`, one forward less a row, and a batch, in rows of every hook point.
+
+    In host memory beside a GPU two batches on either side, and on the GPU two forwards of the widest hook point.
+    """
+    batch = min(config.step.batch_size, config.n_tokens)
+    slots, carry = rows_held(config.ring.capacity, config.n_tokens, max_write)
+    row = sum(widths.values()) * ring_dtype.itemsize
+    if config.ring.placement != "host" or device_type != "cuda":
+        return (slots + carry + batch) * row, 0
+    on_the_way = 2 * batch * row
+    forwards = 2 * max_write * max(widths.values()) * ring_dtype.itemsize
+    return on_the_way + forwards, (slots + carry) * row + on_the_way
 
 
 def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:

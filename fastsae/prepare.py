@@ -151,11 +151,18 @@ def prepare(
                 saes[key] = SAE(shape, device=device, dtype=dtype, seed=seed)
     initial = _initial(saes, config.init_from) if config.init_from is not None and checkpoint is None else {}
     shapes = {key: sae.cfg for key, sae in saes.items()}
+    ring = config.ring.model_copy(
+        update={
+            "placement": _placement(config, widths, ring_dtype, max_write, device),
+            "dtype": str(ring_dtype).removeprefix("torch."),
+        }
+    )
+    config = config.model_copy(update={"ring": ring})
     mem_bytes = memory.predict(config, widths, shapes, steps, ring_dtype, max_write, device.type)
     built = islice(
         zip(shapes.values(), steps.values(), strict=True), len(config.variants())
     )  # the first hook's
-    config = _resolved(config, built, ring_dtype, mem_bytes["ring"], device)
+    config = _resolved(config, built)
     tokens = None
     if source is not None:
         tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
@@ -292,22 +299,24 @@ def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]
     return initial
 
 
-def _resolved(
+def _placement(
     config: RunConfig,
-    built: Iterable[tuple[SAEConfig, StepConfig]],
+    widths: Mapping[str, int],
     ring_dtype: torch.dtype,
-    ring_bytes: int,
+    max_write: int,
     device: torch.device,
-) -> RunConfig:
-    """Every "auto" that a resume must not decide again, written out; `built` is what the variants became."""
-    placement: str = config.ring.placement
-    if placement == "auto":
-        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ring_bytes
-        placement = "device" if ring_bytes <= (0.5 * room if device.type == "cuda" else room) else "host"
-    ring = config.ring.model_copy(
-        update={"placement": placement, "dtype": str(ring_dtype).removeprefix("torch.")}
-    )
+) -> str:
+    """ "auto": on the device where the ring takes at most half of its free memory."""
+    if config.ring.placement != "auto":
+        return config.ring.placement
+    if device.type != "cuda":
+        return "device"
+    needed, _ = memory.ring_bytes(config, widths, ring_dtype, max_write, device.type)
+    return "device" if needed <= 0.5 * torch.cuda.mem_get_info(device)[0] else "host"
 
+
+def _resolved(config: RunConfig, built: Iterable[tuple[SAEConfig, StepConfig]]) -> RunConfig:
+    """Every "auto" of an SAE or its step that a resume must not decide again, written out; `built` is what the variants became."""
     entries = []
     for (name, section, asked, seed), (shape, step) in zip(config.variants(), built, strict=True):
         sae = section.model_copy(update={"k": shape.k, "decoder_norm": shape.decoder_norm})
@@ -315,10 +324,10 @@ def _resolved(
             update={"k_aux": asked.k_aux, "l0_coefficient": asked.l0_coefficient}
         )  # they follow from the width
         if not name:
-            return config.model_copy(update={"ring": ring, "sae": sae, "step": full, "saes": ()})
+            return config.model_copy(update={"sae": sae, "step": full, "saes": ()})
         own = StepConfig(**full.model_dump(exclude={"batch_size"}))
         entries.append(SAEEntry(**sae.model_dump(), name=name, seed=seed, step=own))
-    return config.model_copy(update={"ring": ring, "saes": tuple(entries)})
+    return config.model_copy(update={"saes": tuple(entries)})
 
 
 def _metadata(

@@ -162,8 +162,11 @@ def closing_table(metrics: Metrics) -> Table:
 def memory_table(mem_bytes: Mapping[str, int]) -> Table:
     """Predicted memory per part; the source model and its forward come on top."""
     table = Table("part", "predicted memory", title="without the source model", title_justify="left")
-    for part, n_bytes in {**mem_bytes, "total": sum(mem_bytes.values())}.items():
+    on_device = {part: n_bytes for part, n_bytes in mem_bytes.items() if part != "host"}
+    for part, n_bytes in {**on_device, "total": sum(on_device.values())}.items():
         table.add_row(part, memory.text(n_bytes))
+    if "host" in mem_bytes:
+        table.add_row("ring, in host memory", memory.text(mem_bytes["host"]))
     return table
 
 

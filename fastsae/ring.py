@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsae.errors import ConfigError, DataError, first_line
+from fastsae.lanes import Inbound, Outbound, lane_for, move
 from fastsae.seeds import generator
 
 SEGMENTS = 6
@@ -28,7 +29,7 @@ class RingBuffer:
 
     Memory, in rows of every hook point: `capacity` (rounded up to a multiple of 6, and no more than the run
     needs), `max_write - 1` that a forward may bring past the end of a fill (none where one fill is the run),
-    and one batch.
+    and one batch. In host memory beside a GPU two batches on either side, and on the GPU twice `max_write` rows of one hook point.
 
     Args:
         widths: row width per hook point.
@@ -36,7 +37,8 @@ class RingBuffer:
         batch_size: rows per batch.
         n_rows: rows of the whole run; further ones are not written.
         max_write: most rows that one `writing` brings.
-        placement: "device", or "host" for pinned host memory; batches are on `device` either way.
+        placement: "device", or "host" for pinned host memory, to and from which everything moves beside the device's
+            work; batches are on `device` either way.
         dtypes: data types of single hook points, where not `dtype` (a column of token ids, say).
     Raises:
         ConfigError: half the ring does not hold a batch, or what one forward brings.
@@ -71,9 +73,18 @@ class RingBuffer:
                 for name, width in widths.items()
             }
 
-        self._data = rows(self.capacity, home)
-        self._carry = rows(n_carry, home)
-        self._batch = rows(batch_size, device)
+        # the slots, and behind them what waits for the next fill
+        self._rows = rows(self.capacity + n_carry, home)
+        self._data = {name: t[: self.capacity] for name, t in self._rows.items()}
+        self._carry = {name: t[self.capacity :] for name, t in self._rows.items()}
+        self._outbound: Outbound | None = None
+        self._inbound: Inbound | None = None
+        if placement == "host" and (there := lane_for(device)) and (back := lane_for(device)):
+            row_bytes = max(width * kinds[name].itemsize for name, width in widths.items())
+            self._outbound = Outbound(there, max_write * row_bytes, device)
+            pinned, handed = ([rows(batch_size, where) for _ in range(2)] for where in (home, device))
+            self._inbound = Inbound(back, pinned, handed)
+        self._batch = rows(batch_size, device) if self._inbound is None else self._inbound.open()
 
         self.fill_number = 0
         self.n_written = 0
@@ -96,7 +107,10 @@ class RingBuffer:
     @property
     def mem_bytes(self) -> int:
         """Bytes of the activations that it holds room for."""
-        return sum(t.nbytes for group in (self._data, self._carry, self._batch) for t in group.values())
+        held = sum(t.nbytes for t in self._rows.values())
+        if self._inbound is None or self._outbound is None:
+            return held + sum(t.nbytes for t in self._batch.values())
+        return held + self._inbound.mem_bytes + self._outbound.mem_bytes
 
     def fill(self, more: Callable[[], bool]) -> None:
         """Call `more` until the present fill is full. `more` writes once, or returns False where there is no more:
@@ -114,18 +128,21 @@ class RingBuffer:
         Nothing counts as written if the block raises.
         """
         taken = rows[: self._n_rows - self.n_written - self._n_carry]
-        plan, n_now = self._deal(taken)
-        plan = [(slots, source.to(self.device, non_blocking=True)) for slots, source in plan]
-        late = taken[n_now:].to(self.device, non_blocking=True)
+        places, order, n_now = self._deal(taken)
+        n_late = len(taken) - n_now
+        places.append(range(self.capacity, self.capacity + n_late))
+        order = torch.cat([order, taken[n_now:]])
+        from_, to = _to(self.device, torch.stack([order, _slots(places)]).int())
 
         def write(name: str, acts: Tensor) -> None:
-            for slots, source in plan:
-                _gather(acts, source, self._data[name][slots])
-            if len(late):
-                _gather(acts, late, self._carry[name][: len(late)])
+            if self._outbound is None:
+                move(acts, from_, self._rows[name], to)
+            else:
+                outs = [self._rows[name][place.start : place.stop] for place in places]
+                self._outbound.send(acts, from_, outs)
 
         yield write
-        self._n_carry = len(late)
+        self._n_carry = n_late
         self._count(n_now)
 
     def batches(self, more: Callable[[], bool]) -> Iterator[dict[str, Tensor]]:
@@ -135,6 +152,8 @@ class RingBuffer:
         """
         while True:
             n = 0
+            if self._inbound is not None:
+                self._batch = self._inbound.open()
             while n < self.batch_size and self._ready(more):
                 n += self._draw(n)
                 # before the next look for rows: behind the run's last ones that begins a fill which stays empty
@@ -146,12 +165,16 @@ class RingBuffer:
                 }
             if n:
                 self._point = point
-                yield {name: batch[:n] for name, batch in self._batch.items()}
+                if self._inbound is not None:
+                    yield self._inbound.hand_over(n)
+                else:
+                    yield {name: batch[:n] for name, batch in self._batch.items()}
             if n < self.batch_size:
                 return
 
     def chunks(self, name: str, size: int) -> Iterator[Tensor]:
         """The undrawn rows of one hook point on the device, `size` at a time: `[<=size, d_in]`."""
+        self._settle()
         for slots in self._live().split(size):
             yield self._data[name][slots.to(self._data[name].device)].to(self.device)
 
@@ -161,6 +184,7 @@ class RingBuffer:
 
     def rows(self) -> dict[str, Tensor]:
         """What it held when the last batch was handed out, for `put_back`: its slots, and what waits for the next fill. On the host."""
+        self._settle()
         tensors = {f"data.{name}": data.cpu() for name, data in self._data.items()}
         if (
             self.fill_number > self._point["fill_number"]
@@ -218,10 +242,11 @@ class RingBuffer:
         self.fill_number, self._segments = self.fill_number + 1, self._free
         self._open_fill()
         if n_carry := self._n_carry:
-            plan, n_now = self._deal(torch.arange(n_carry))
+            places, order, n_now = self._deal(torch.arange(n_carry))
+            from_to = torch.stack([order, _slots(places)]).int()
             for name, carry in self._carry.items():
-                for slots, source in plan:
-                    _gather(carry, source.to(carry.device), self._data[name][slots])
+                from_to = _to(carry.device, from_to)
+                move(carry, from_to[0], self._data[name], from_to[1])
             self._n_carry = 0  # check_capacity made a fill larger than the carry
             self._count(n_now)
 
@@ -233,18 +258,19 @@ class RingBuffer:
         self._n_filled = 0
         self._fill_size = min(len(self._parts), self._n_rows - self.n_written)
 
-    def _deal(self, rows: Tensor) -> tuple[list[tuple[slice, Tensor]], int]:
-        """Where the fill's next rows go: per part its contiguous slots and its rows; and how many fit."""
+    def _deal(self, rows: Tensor) -> tuple[list[range], Tensor, int]:
+        """Where the fill's next rows go: per segment its next slots, the rows in the order of these, and how many fit."""
         start, n = self._n_filled, min(len(rows), self._fill_size - self._n_filled)
         parts, n_parts = self._parts[start : start + n], len(self._segments)
         rounds = torch.arange(start, start + n) // n_parts
-        plan = []
+        places, order = [], [rows[:0]]
         for part, segment in enumerate(self._segments):
             mine = parts == part
             if mine.any():
                 first = segment * self.segment + int(rounds[mine][0])
-                plan.append((slice(first, first + int(mine.sum())), rows[:n][mine]))
-        return plan, n
+                order.append(rows[:n][mine])
+                places.append(range(first, first + len(order[-1])))
+        return places, torch.cat(order), n
 
     def _count(self, n: int) -> None:
         self._n_filled += n
@@ -267,7 +293,13 @@ class RingBuffer:
         self._free = [ages[0] for ages in self._ages]
         self._ages = [ages[1:] for ages in self._ages]
 
+    def _settle(self) -> None:
+        """Wait for rows that are on their way to the host."""
+        if self._outbound is not None:
+            self._outbound.settle()
+
     def _begin_phase(self) -> None:
+        self._settle()
         if self._n_filled < len(self._parts):  # the run's last rows: everything goes, in one order
             if self.fill_number > 0:
                 self._ages = [self._segments, self._ages[0], self._ages[1]]
@@ -290,9 +322,10 @@ class RingBuffer:
 
     def _draw(self, at: int) -> int:
         """Gather the next rows of this phase into the batch from row `at` on; how many."""
-        slots = self._order[self.cursor : self.cursor + self.batch_size - at]
+        slots = self._order[self.cursor : self.cursor + self.batch_size - at].int()
         for name, data in self._data.items():
-            _gather(data, slots.to(data.device, non_blocking=True), self._batch[name][at : at + len(slots)])
+            slots = _to(data.device, slots)
+            move(data, slots, self._batch[name][at : at + len(slots)])
         self.cursor += len(slots)
         return len(slots)
 
@@ -318,10 +351,12 @@ def check_capacity(capacity: int, batch_size: int, max_write: int, n_rows: int) 
         )
 
 
-@torch.no_grad()
-def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
-    """out = source[rows], with the cast and the move that `out` needs."""
-    if source.dtype == out.dtype and source.device == out.device:
-        torch.index_select(source, 0, rows, out=out)
-    else:
-        out.copy_(source.index_select(0, rows), non_blocking=out.device.type != "cpu")
+def _slots(places: list[range]) -> Tensor:
+    return torch.cat([torch.arange(place.start, place.stop) for place in places])
+
+
+def _to(device: torch.device, numbers: Tensor) -> Tensor:
+    """On the device without waiting for it, as a copy from pageable memory would."""
+    if device.type == "cuda" and numbers.device.type == "cpu":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)

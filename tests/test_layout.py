@@ -44,7 +44,7 @@ def test_every_public_name_is_there():
 
 
 LAYERS = [
-    {"errors", "seeds", "metrics", "explain", "cache", "timeline", "interrupt"},
+    {"errors", "seeds", "metrics", "explain", "cache", "timeline", "interrupt", "lanes"},
     {"config"},
     {"configfile"},
     {"activations", "ring", "optim", "demo"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benches.mixing import BATCH, CAPACITY, CONTEXT, N_ROWS, half_refill_batches, mixing, ring_batches
 from fastsae.errors import ConfigError
@@ -120,6 +121,46 @@ def test_casts_and_columns_of_their_own_type():
     order = batch["ids"][:, 0].long() // 2
     assert torch.equal(batch["a"], acts[order].bfloat16())
     assert batch["ids"].dtype == torch.int32
+
+
+class Moves(TorchDispatchMode):
+    """Bytes that move_rows takes for its rows and slots, and for all; whether anything else touches activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n, self.n_bytes, self.others = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = func(*args, **(kwargs or {}))
+        if func.name() == "fastsae::move_rows":
+            source, rows, out, slots = args
+            moved = len(rows) * source.shape[1] * (source.itemsize + out.itemsize)
+            self.n += 1
+            self.n_bytes += moved + rows.nbytes + (0 if slots is None else slots.nbytes)
+        elif any(isinstance(t, torch.Tensor) and t.ndim == 2 and t.shape[1] == 64 for t in args):
+            self.others.add(func.name().split("::")[1].split(".")[0])
+        return returned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_row_is_moved_once_in_and_once_out(dtype):
+    """One op per forward and one per batch, but for those that meet the border of a fill; within a tenth of the rows' own bytes."""
+    ring = RingBuffer({"a": 64}, 6000, 100, n_rows=30_000, max_write=70, device=CPU, dtype=dtype)
+    acts, rows = torch.randn(100, 64), torch.arange(100)[torch.arange(100) % 10 > 2]
+
+    def more():
+        with ring.writing(rows) as write:
+            write("a", acts)
+        return True
+
+    with Moves() as moves:
+        n_batches = sum(1 for _ in ring.batches(more))
+    each = 64 * (
+        4 + 2 * dtype.itemsize + dtype.itemsize
+    )  # read and written on the way in, then on the way out
+    assert 30_000 * each <= moves.n_bytes <= 1.1 * 30_000 * each
+    assert n_batches == 300 and moves.n <= 300 + 30_000 / 70 + 1 + 2 * ring.fill_number
+    assert moves.others <= {"slice", "detach", "alias", "view"}, "no other op reads or writes activations"
 
 
 def test_mixing_at_capacity_500000():

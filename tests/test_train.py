@@ -7,12 +7,14 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fastsae
+from fastsae import memory, ring
 from fastsae.checkpoint import checkpoints
 from fastsae.config import OWN_FIELDS
 from fastsae.configfile import load_config
@@ -23,6 +25,7 @@ from fastsae.prepare import prepare
 from fastsae.revisit import evaluate_run
 from fastsae.source import load_source
 from fastsae.tokens import open_tokens
+from tests.devices import Device
 from tests.tiny_models import D_MODEL, save_model
 from tests.worlds import HOOK
 
@@ -193,8 +196,11 @@ class Interrupt(Count):
 
 
 def test_ring_in_host_memory_gives_the_same_bits(config):
+    """Also by way of pinned memory, whose copies to the host come when they are waited for."""
     device, host = (fastsae.train(config(name=p, ring={"placement": p})) for p in ("device", "host"))
-    assert same(weights(device), weights(host))
+    with patch.object(ring, "lane_for", Device("work").lane):
+        pinned = fastsae.train(config(name="pinned", ring={"placement": "host"}))
+    assert same(weights(device), weights(host)) and same(weights(device), weights(pinned))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +311,21 @@ def test_the_ring_takes_the_memory_that_was_predicted(config, n_tokens):
     job = prepare(config(n_tokens=n_tokens, model={"hook": ["blocks.*.hook_mlp_out"]}))
     job.close()
     assert train_module._ring(job).mem_bytes == job.mem_bytes["ring"]
+    assert "host" not in job.mem_bytes
+
+
+def test_beside_a_gpu_a_ring_takes_what_was_predicted_of_both_memories(config):
+    """As if the CPU were a device whose copies go another way."""
+    job = prepare(
+        config(n_tokens=5000, model={"hook": ["blocks.*.hook_mlp_out"]}, ring={"placement": "host"})
+    )
+    job.close()
+    on_device, on_host = memory.ring_bytes(job.config, job.widths, job.ring_dtype, job.max_write, "cuda")
+    with patch.object(ring, "lane_for", Device(None).lane):
+        made = train_module._ring(job)
+    batches = 2 * sum(t.nbytes for t in made._batch.values())
+    assert on_device == made._outbound.mem_bytes + batches
+    assert on_device + on_host == made.mem_bytes
 
 
 def test_the_clock_counts_the_first_fill(config, monkeypatch):

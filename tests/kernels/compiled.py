@@ -1,4 +1,4 @@
-"""Compile every kernel as it would run on a GPU that is not there: `python -m tests.kernels.compiled [--sample | --write]`.
+"""Compile every kernel as it would run on a GPU that is not there: `python -m tests.kernels.compiled [--sample | --write] [--only KERNEL]`.
 
 Each launcher runs at a few realistic shapes on "meta" tensors, which have no data: reading a value of one raises, so a
 launcher that waited for the device would show here too. What it would have launched is compiled for each GPU with the
@@ -35,6 +35,7 @@ from fastsae_kernels.decode import _decode_triton, _g_values_triton
 from fastsae_kernels.decode_loss import _decode_loss_triton
 from fastsae_kernels.dense_loss import _dense_codes_grad_triton, _dense_loss_triton
 from fastsae_kernels.encode import _encode_triton
+from fastsae_kernels.move_rows import _move_rows_triton
 from fastsae_kernels.select_batchtopk import _select_batchtopk_triton
 from fastsae_kernels.select_threshold import _select_threshold_triton
 from fastsae_kernels.select_topk import _select_topk_triton
@@ -137,6 +138,8 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "dense_loss", lambda: _dense_loss_triton(x, b_dec, x, s.dtype)
     yield "dense_codes_grad", lambda: _dense_codes_grad_triton(pre, pre, scalar, norms)
     yield "transpose", lambda: _transpose_triton(codes(s), s.n)
+    places = integers(s.batch)
+    yield "ring, write", lambda: _move_rows_triton(x, places, of(s.n, s.d), places)
     yield (
         "grad_rows",
         lambda: rows_triton(csc, empty(s.batch, s.k), x, g_W=empty(s.n, s.d), g_b=norms),
@@ -146,6 +149,8 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "W_dec", lambda: update_rows(project=True, renormalise=True, bias=False)
     if not all_options:
         return
+    yield "ring, draw", lambda: _move_rows_triton(x, places, x, None)
+    yield "ring, cast", lambda: _move_rows_triton(empty(s.batch, s.d), places, of(s.n, s.d), places)
     yield "W_enc", lambda: update_rows(bias=True)
     yield "bf16 m", lambda: update_rows(project=True, renormalise=True, bias=False, bf16_m=True)
     yield "W_enc without m", lambda: update_rows(bias=True, leave_idle=True)
@@ -282,8 +287,9 @@ def sampled(name: str) -> bool:
     }
 
 
-def table(sample: bool) -> dict[str, Any]:
-    named = {build: name for build, name in builds().items() if not sample or sampled(name)}
+def table(sample: bool, only: str = "") -> dict[str, Any]:
+    """Rows whose names have `only` in them."""
+    named = {b: name for b, name in builds().items() if only in name and (not sample or sampled(name))}
     with (
         tempfile.TemporaryDirectory() as cache,
         # the workers inherit it: a cubin of an earlier run would hide a kernel that no longer compiles
@@ -314,15 +320,17 @@ def main() -> None:
         "--sample", action="store_true", help="compile every kernel and GPU, but not at every shape"
     )
     how.add_argument("--write", action="store_true", help=f"put it into {TABLE.name}, by triton's version")
+    parser.add_argument("--only", default="", metavar="KERNEL", help="rows with this in their names alone")
     arguments = parser.parse_args()
     if INTERPRET:
         sys.exit("TRITON_INTERPRET is set: unset it, since interpreted kernels have no code")
-    found = table(arguments.sample)
+    found = table(arguments.sample, arguments.only)
     if not arguments.write:
         print(json.dumps(found))
         return
     tables = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
-    tables[found["triton"]] = found["kernels"]
+    others = {n: row for n, row in tables.get(found["triton"], {}).items() if arguments.only not in n}
+    tables[found["triton"]] = dict(sorted((others | found["kernels"]).items()))
     texts = []
     for version, kernels in sorted(tables.items()):
         lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())

@@ -16,6 +16,7 @@ from fastsae_kernels.decode_loss import decode_loss
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_loss
 from fastsae_kernels.encode import encode
 from fastsae_kernels.encode_codes import encode_codes
+from fastsae_kernels.move_rows import move_rows
 from fastsae_kernels.select_batchtopk import select_batchtopk
 from fastsae_kernels.select_threshold import select_threshold
 from fastsae_kernels.select_topk import select_topk
@@ -51,6 +52,11 @@ def calls(w: World) -> dict[str, Callable[[], Any]]:
         adam: dict[str, Any] = {"scalars": scalars(w.device), "betas": BETAS, "eps": EPS}
         update_rows(t, codes.values, x, project=True, renormalise=True, **state, **adam)
         return list(state.values())
+
+    def moved() -> Tensor:
+        out, rows = w.W_dec.float(), torch.arange(len(x), device=w.device, dtype=torch.int32)
+        move_rows(x, rows, out, rows.flip(0))
+        return out
 
     def decode_grads(codes: Codes) -> Any:
         leaves = [codes.values.clone(), w.W_dec.clone(), w.b_dec.clone()]
@@ -89,6 +95,7 @@ def calls(w: World) -> dict[str, Callable[[], Any]]:
             t, codes.values, x, w.W_dec.float(), scalars=scalars(w.device), project=True
         ),
         "update_rows": updated,
+        "move_rows": moved,
         "dense_loss": lambda: dense_loss(x, w.b_dec, w.x[1]),
         "dense_codes_grad": lambda: dense_codes_grad(w.pre[1], pre.relu(), l1=l1, norms=norms),
     }

@@ -2,7 +2,8 @@
 
 Phases of a run (tokens packed and in memory, no validation, no checkpoint, behind the first fill) in turn with as many of the same
 forwards without a ring and as many bare steps on one batch, in one process. Then the forward alone: the bridge as it comes, the bridge
-stopped at the hook point, ours, and Hugging Face's own module without its head, whole and cut off behind the hook point.
+stopped at the hook point, ours, ours with compiled blocks, and Hugging Face's own module without its head, whole and cut off behind the
+hook point.
 """
 
 import argparse
@@ -142,7 +143,7 @@ def phases(source: Source, d_sae: int, k: int, n_saes: int, device: torch.device
 
 
 def forwards(source: Source, own: Any, name: str, device: torch.device) -> dict[str, Any]:
-    """The forward in five ways, taking turns: seconds, and each over ours."""
+    """The forward in six ways, taking turns: seconds, and each over ours; and what the compilation took."""
     tokens = Stream(source.d_vocab).batch.tokens.to(device)
     hook = source.hooks[0]
     assert source.is_short
@@ -155,8 +156,12 @@ def forwards(source: Source, own: Any, name: str, device: torch.device) -> dict[
         )
         return logits
 
-    def ours() -> None:
+    def compiled() -> None:
         source.forward(tokens, [(hook.resolved, lambda acts: None)], stop=True)
+
+    def ours() -> None:
+        with source.uncompiled():
+            compiled()
 
     def stopped() -> None:
         short, source._bare = source._bare, None
@@ -179,9 +184,13 @@ def forwards(source: Source, own: Any, name: str, device: torch.device) -> dict[
         "bridge": bridge,
         "bridge, stopped": stopped,
         "ours": ours,
+        "ours, compiled": compiled,
         "bare module": bare(blocks),
         "bare module, cut off": bare(cut),
     }
+    compile_seconds = seconds(lambda: source.compile((CONTEXTS, CONTEXT)), device)
+    if source._compiled is None:
+        del ways["ours, compiled"]
     times: dict[str, list[float]] = {way: [] for way in ways}
     shuffler = random.Random(0)
     with torch.no_grad():
@@ -191,8 +200,13 @@ def forwards(source: Source, own: Any, name: str, device: torch.device) -> dict[
                 took = seconds(run, device)
                 if round_:
                     times[way].append(took)
+    source.compile_no_more()
     medians = {way: statistics.median(t) for way, t in times.items()}
-    return {"seconds": times, "over_ours": {way: m / medians["ours"] for way, m in medians.items()}}
+    return {
+        "seconds": times,
+        "compile_seconds": compile_seconds,
+        "over_ours": {way: m / medians["ours"] for way, m in medians.items()},
+    }
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ the module as Hugging Face wrote it gives the same activations in 0.76 of the ti
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -47,6 +47,15 @@ class Bare:
         twin = self._twins.get(id(getattr(component, ORIGINAL, None)))
         return None if twin is None else (twin, side == "hook_out")
 
+    def compile_blocks(self, hooks: Iterable[str]) -> None:
+        """Put the blocks under torch.compile, or of a block with one of these hook points within it the parts beside that.
+
+        They are compiled when they first run, once for all blocks that differ in their weights alone; for each shape anew.
+        """
+        places = {id(place[0]) for name in hooks if (place := self.place(name)) is not None}
+        for block in _blocks(self.module):
+            _compile(block, places)
+
     @torch.no_grad()
     def forward(self, tokens: Tensor, hooks: Sequence[tuple[str, Take]], options: dict[str, bool]) -> None:
         """One forward that hands over the activations at hook points that have a place; what those raise ends it."""
@@ -75,6 +84,23 @@ class Bare:
             name: None if child is None else self._twin(child) for name, child in original._modules.items()
         }
         return twin
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """What stands in the outermost lists of modules."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)
+
+
+def _compile(module: nn.Module, places: set[int]) -> None:
+    if any(id(inner) in places for inner in module.modules() if inner is not module):
+        for child in module.children():
+            _compile(child, places)
+    else:  # its forward alone: hooks run around it
+        module.forward = torch.compile(module.forward, dynamic=False)
 
 
 def _hooked(module: nn.Module, take: Take, is_output: bool) -> Any:

@@ -55,6 +55,7 @@ def save_final(run_dir: Path, saes: Mapping[str, SAE]) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         save_saes(aside, saes)
+        _to_disk(aside)
         os.replace(aside, run_dir / SAES)
     except OSError as error:
         raise RunError(f"cannot write {run_dir / SAES}: {reason(error)}") from None
@@ -93,6 +94,7 @@ def save_checkpoint(
         save_file(dict(forwards), aside / FORWARDS_FILE)
         if ring is not None:
             save_file({name: rows.contiguous() for name, rows in ring.items()}, aside / RING_FILE)
+        _to_disk(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
     except (OSError, SafetensorError, RunError) as error:
@@ -102,6 +104,14 @@ def save_checkpoint(
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _to_disk(folder: Path) -> None:
+    """All of its files, so that a name which is there after a power cut has what it should."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
 
 
 class Checkpoint:

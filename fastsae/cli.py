@@ -128,6 +128,8 @@ def train(
     overrides = merged(fields, set_)
     if resume is not None and config is not None:
         raise ConfigError(f"--resume {resume} goes on with that run's own config; drop {config}")
+    if resume is not None and overrides.get("saes"):
+        raise ConfigError(f"--resume {resume} goes on with that run's own SAEs; drop the lists of values")
     if config is None and model is None and activations is None and resume is None:
         config = _demo(overrides)
     console = Console(stderr=json_)

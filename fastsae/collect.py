@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae.compiled import compile_where_it_pays
 from fastsae.config import RunConfig
 from fastsae.errors import DataError
 from fastsae.interrupt import interruptible
 from fastsae.prepare import facts_of, pick_device
 from fastsae.resume import mark
-from fastsae.shards import CONTEXTS, POSITIONS, TOKENS, Writer
+from fastsae.shards import CONTEXTS, MANIFEST, POSITIONS, TOKENS, Shards, Writer
 from fastsae.source import Source, load_source
 from fastsae.tokens import TokenStream, open_tokens
 
@@ -44,6 +45,7 @@ def harvest(
     device = pick_device(config.device)
     source = load_source(config.model, device, model)
     source.check_context_size(config.data.context_size)
+    config = _with_compiled_blocks(config, source, folder)
     tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
     with tokens.train as stream, interruptible() as stop:
         dtype = source.dtype if config.ring.dtype == "auto" else getattr(torch, config.ring.dtype)
@@ -69,6 +71,16 @@ def harvest(
         if writer.n_rows == 0 and not stop.is_set():
             raise DataError("the dataset ended before its first activation; nothing was written")
         return Harvested(folder, writer.n_rows, n_bytes, stop.is_set() and writer.n_rows < config.n_tokens)
+
+
+def _with_compiled_blocks(config: RunConfig, source: Source, folder: Path) -> RunConfig:
+    """Its config says whether the source model's blocks are compiled, as they are from here on: as for what is in the folder already."""
+    wanted = config.model.compile
+    if wanted == "auto" and (folder / MANIFEST).exists():
+        wanted = Shards(folder).manifest["model"].get("compile", False)
+    shape = config.model.batch_size, config.data.context_size
+    compiled = compile_where_it_pays(source, wanted, shape, -(-config.n_tokens // (shape[0] * shape[1])))
+    return config.model_copy(update={"model": config.model.model_copy(update={"compile": compiled})})
 
 
 def _about(config: RunConfig, source: Source, dtype: torch.dtype) -> dict[str, Any]:

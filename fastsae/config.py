@@ -94,6 +94,8 @@ class ModelConfig(Section):
     """Hugging Face's numbers, or those after TransformerLens' folding and centring."""
     batch_size: PositiveInt = 32
     """Contexts per forward pass; independent of the SAE's batch."""
+    compile: Literal["auto"] | bool = "auto"
+    """Put the model's blocks under torch.compile; "auto": where a measurement shows that the run gains more than it costs."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +96,7 @@ def prepare(
                 update={
                     "dataset": _absolute(config.data.dataset),
                     "activations": config.data.activations and config.data.activations.absolute(),
+                    "cache_dir": config.data.cache_dir and config.data.cache_dir.absolute(),
                 }
             ),
         }
@@ -103,6 +105,7 @@ def prepare(
         check_run_dir(config)
     else:
         check_resumable(checkpoint, model_given=model is not None)
+    _check_sections(config, device)
     source, rows, shards, facts, max_write = None, None, None, None, config.step.batch_size
     if config.data.activations is not None and activations is None:
         if model is not None:
@@ -297,6 +300,14 @@ def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]
             )
         initial[key] = found[key].folded()
     return initial
+
+
+def _check_sections(config: RunConfig, device: torch.device) -> None:
+    """Raise, before anything is loaded, what is wrong whatever the model's width is."""
+    if config.log.wandb is not None and find_spec("wandb") is None:
+        raise ConfigError("log.wandb is set, but wandb is not installed; pip install wandb")
+    for _, section, step, _ in config.variants():
+        resolved_step(step, SAEConfig(1, **section.model_dump()), n_steps(config), device.type)
 
 
 def _placement(

@@ -35,6 +35,9 @@ def is_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig) -> boo
 
 def config_of(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """The config of a run, with overrides of what may change. Raises ConfigError that names another field that they change."""
+    for field in ("name", "runs_dir"):
+        if field in (overrides or {}):
+            raise ConfigError(f"{field} does not go with a resume: the run stays where it is")
     saved = load_config(run_dir / CONFIG_FILE)
     config = load_config(run_dir / CONFIG_FILE, overrides)
     before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))

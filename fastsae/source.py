@@ -35,6 +35,18 @@ SWITCHES = {
 
 LIBRARIES = ("transformer_lens", "transformers")  # whose own hooks in a model change nothing
 
+FAILURES = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    OSError,
+    SourceError,
+)
+"""What somebody else's modules, and a compiler of them, raise where a faster way is not to be had."""
+
 HookFn = Callable[[Tensor], Tensor | None]
 """Takes activations [n, context, width]; what it returns, if anything, takes their place."""
 
@@ -89,6 +101,7 @@ class Source:
         self._modules = (*self.model.modules(), *(inner.modules() if inner is not None else ()))
         self._options = _frugal_options(inner)
         self._bare: Bare | None = None
+        self._compiled: tuple[tuple[int, ...], Bare] | None = None  # and the shape of tokens that it is for
 
     @property
     def is_short(self) -> bool:
@@ -99,7 +112,7 @@ class Source:
         """Let forwards that stop at `hooks` go through the bare Hugging Face module from here on, where that has all of them and, by a
         forward of both, the same activations there; whether they do.
         """
-        self._bare = None
+        self._bare = self._compiled = None
         if self.weights != "raw" or getattr(self.model, "original_model", None) is None:
             return False
         try:
@@ -114,22 +127,55 @@ class Source:
                 self._bare = None
                 if not all(agree(slow[name], fast.get(name, tokens)) for name in slow):
                     return False
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError, SourceError):
+        except FAILURES:
             self._bare = None
             return False
         self._bare = bare
         return True
 
+    def compile(self, shape: tuple[int, int]) -> bool:
+        """Let forwards on tokens of this shape that stop at `hooks` run compiled blocks; whether they do.
+
+        Only past the bridge, and where a forward of both gives the same activations.
+        """
+        if self._bare is None:
+            return False
+        compiled = Bare(self.model)
+        compiled.compile_blocks(hook.resolved for hook in self.hooks)
+        tokens = torch.arange(shape[0] * shape[1]).view(shape) % self.d_vocab
+        plain = self._seen(tokens)
+        self._compiled = shape, compiled
+        try:
+            found = self._seen(tokens)
+            agrees = all(agree(plain[name], found[name]) for name in plain)
+        except FAILURES:
+            agrees = False
+        if not agrees:
+            self._compiled = None
+        return agrees
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """In this block every forward runs the blocks as they are."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+
+    def compile_no_more(self) -> None:
+        """Undo `compile`."""
+        self._compiled = None
+
     def _is_hooked(self) -> bool:
         """Whether somebody else has hooks in the model, which have to fire."""
-        if any(point.fwd_hooks for point in self.model.hook_dict.values()):
-            return True
-        fns = (
-            fn
-            for module in self._modules
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for fn in hooks.values()
-        )
+        fns = [
+            getattr(handle, "user_hook", None)
+            for point in self.model.hook_dict.values()
+            for handle in point.fwd_hooks
+        ]
+        for module in self._modules:
+            fns += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         return any(str(getattr(fn, "__module__", "")).split(".")[0] not in LIBRARIES for fn in fns)
 
     def _seen(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -174,7 +220,10 @@ class Source:
         Raises SourceError if a hook did not fire.
         """
         if stop and self._bare is not None and not self._is_hooked():
-            silent = self._run_bare(self._bare, tokens, hooks)
+            bare = self._bare
+            if self._compiled is not None and tuple(tokens.shape) == self._compiled[0]:
+                bare = self._compiled[1]
+            silent = self._run_bare(bare, tokens, hooks)
             if silent is not None:
                 if silent:
                     raise SourceError(f"{', '.join(silent)} did not fire in a forward")

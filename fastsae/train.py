@@ -1,27 +1,27 @@
 """A run: `train` from a config to a Result, and the loop, which reads from top to bottom."""
 
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae.checkpoint import CONFIG_FILE, SAES, Checkpoint, save_checkpoint, save_final
+from fastsae.checkpoint import CONFIG_FILE, Checkpoint, save_checkpoint, save_final
+from fastsae.compiled import compile_where_it_pays
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
-from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError, reason
+from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError
 from fastsae.evaluate import Validation, evaluate
+from fastsae.folder import METRICS_FILE, last_figures, outputs
 from fastsae.harvest import DiskFeeder, Feeder, Harvester
 from fastsae.init import initialise
 from fastsae.interrupt import InterruptedRun, interruptible
-from fastsae.log import JsonlSink, Sink, Sinks, WandbSink, WarningSink
+from fastsae.log import Sink, WarningSink
 from fastsae.memory import refused_if_too_large
 from fastsae.prepare import ACTIVATIONS, Job, prepare
 from fastsae.resume import config_of, is_finished, machine, mark, newest, other_machine
@@ -30,7 +30,6 @@ from fastsae.sae import SAE
 from fastsae.step import TrainStep
 from fastsae.timeline import Timeline
 
-METRICS_FILE = "metrics.jsonl"
 CHUNK_ROWS = 65_536
 
 
@@ -95,6 +94,7 @@ def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
     if job.device.type == "cuda":
         torch.cuda.set_device(job.device)
     try:
+        job = _with_compiled_blocks(job)
         with interruptible() as stop:
             clock, timeline = _Clock(), Timeline(job.device)
             ring = _ring(job)
@@ -108,7 +108,7 @@ def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
             if ring.n_written == 0:
                 raise DataError("the dataset ended before its first activation; nothing was trained")
             steps = _steps(job, ring)
-            with _outputs(job, sinks) as sink:
+            with outputs(job, sinks) as sink:
                 return _Loop(job, steps, feeder, sink, stop, clock, timeline).run(ring, more)
     finally:
         job.close()
@@ -140,7 +140,7 @@ class _Loop:
         self.figures: dict[str, dict[str, Any]] = {}
         self.validations: dict[str, Validation] = {}
         self.last_checkpoint: Path | None = None
-        self.reported_at = self.saved_at = -1
+        self.reported_at = self.saved_at = self.validated_at = -1
 
     def run(self, ring: RingBuffer, more: Callable[[], bool]) -> Result:
         config, save = self.job.config, self.job.config.save
@@ -196,9 +196,10 @@ class _Loop:
         self.sink.advance(self.n_tokens)
         self.reported_at = self.saved_at = self.n_done
         self.last_checkpoint = checkpoint.folder
+        self.figures = last_figures(self.job.run_dir / METRICS_FILE)
         if message := other_machine(checkpoint, self.job.device):
             self.log("warning", "", {"message": message})
-        if self.is_to_validate():
+        if self.is_to_validate() and not checkpoint.state.get("validated"):
             self.validate()
 
     def next_of(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
@@ -249,6 +250,7 @@ class _Loop:
                 raise InterruptedRun from None
         for key, validation in self.validations.items():
             self.log("validation", key, validation.row())
+        self.validated_at = self.n_done
 
     def checkpoint(self, ring: RingBuffer) -> None:
         """Save everything, once per step. Raises NonFiniteLossError in place of saving NaN or infinity."""
@@ -264,6 +266,7 @@ class _Loop:
         state = {
             "step": self.n_done,
             "n_rows": self.n_rows,
+            "validated": self.validated_at == self.n_done,
             "metrics_bytes": (job.run_dir / METRICS_FILE).stat().st_size,
             "model": self.mark,
             "model_given": job.model_given,
@@ -304,6 +307,18 @@ class _Loop:
 def crossed(n: int, n_new: int, every: int | None) -> bool:
     """Whether a multiple of `every` lies among the last `n_new` of `n`."""
     return every is not None and n // every > (n - n_new) // every
+
+
+def _with_compiled_blocks(job: Job) -> Job:
+    """Its config says whether the source model's blocks are compiled, as they are from here on."""
+    config, done = job.config, 0 if job.checkpoint is None else job.checkpoint.state["n_tokens"]
+    if job.source is None:
+        return job
+    shape = config.model.batch_size, config.data.context_size
+    n_forwards = -(-(config.n_tokens - done) // (shape[0] * shape[1]))
+    compiled = compile_where_it_pays(job.source, config.model.compile, shape, n_forwards)
+    told = config.model.model_copy(update={"compile": compiled})
+    return replace(job, config=config.model_copy(update={"model": told}))
 
 
 def _ring(job: Job) -> RingBuffer:
@@ -389,55 +404,6 @@ def _pieces(job: Job, ring: RingBuffer) -> Callable[[], bool]:
         return True
 
     return write_one
-
-
-@contextmanager
-def _outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
-    """The run folder, and the sinks of the run; a new folder is removed again where a sink of ours cannot be opened. Of a resumed run the
-    metrics behind its checkpoint are cut off.
-    """
-    config = job.config
-    if job.checkpoint is not None:
-        _cut_off(job.run_dir / METRICS_FILE, job.checkpoint.state["metrics_bytes"])
-        shutil.rmtree(
-            job.run_dir / SAES, ignore_errors=True
-        )  # of where it was stopped: not what the run ends with
-        with Sinks([*_own_sinks(job), *sinks]) as sink:
-            yield sink
-        return
-    first = next((p for p in reversed(job.run_dir.parents) if not p.exists()), job.run_dir)
-    try:
-        job.run_dir.mkdir(parents=True)
-        (job.run_dir / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write the run folder {job.run_dir}: {reason(error)}") from None
-    try:
-        own = _own_sinks(job)
-    except BaseException:
-        shutil.rmtree(first)
-        raise
-    with Sinks([*own, *sinks]) as sink:
-        yield sink
-
-
-def _cut_off(path: Path, n_bytes: int) -> None:
-    """Drop what lies behind the first n_bytes of a file."""
-    try:
-        size = path.stat().st_size
-        if size >= n_bytes:
-            os.truncate(path, n_bytes)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {reason(error)}") from None
-    if size < n_bytes:
-        raise RunError(f"{path} has {size} bytes, but had {n_bytes} at the checkpoint; put the old one back")
-
-
-def _own_sinks(job: Job) -> list[Sink]:
-    own: list[Sink] = [JsonlSink(job.run_dir / METRICS_FILE)]
-    if job.config.log.wandb is not None:
-        described = job.config.model_dump(mode="json")
-        own.append(WandbSink(job.config.log.wandb, job.run_dir.name, described, job.run_dir))
-    return own
 
 
 class _Clock:

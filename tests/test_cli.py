@@ -98,6 +98,9 @@ def test_resume(run, tmp_path, monkeypatch, capfd):
     shutil.rmtree(max((folder / "checkpoints").iterdir()))
     code, _, err = again("--lr", "0.5")
     assert code == 2 and "step.lr = 0.5" in err
+    for flags, words in {("--name", "x"): "name does not go", ("--d-sae", "16,32"): "drop the lists"}.items():
+        code, _, err = again(*flags)
+        assert code == 2 and words in err
     code, out, err = again("--json")
     assert code == 0 and json.loads(out.splitlines()[-1])["n_tokens"] == 3000, err
     assert (folder / "saes").is_dir()

@@ -1,8 +1,10 @@
 """A run that is stopped and resumed is the run that was not, to the bit."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import fastsae
 from fastsae.checkpoint import checkpoints
 from fastsae.errors import ConfigError, DataError, RunError
+from fastsae.folder import _locked
 from fastsae.log import Sink
 from tests.worlds import HOOK
 
@@ -61,11 +64,23 @@ class StopAt(Sink):
     def advance(self, n_tokens):
         self.left -= n_tokens
         if self.left <= 0:
-            import os
-            import signal
-
             self.left = 10**9
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_at(monkeypatch, fill):
+    """Ctrl-C in the third forward of that fill."""
+    train = sys.modules["fastsae.train"]
+    forward, n_done = train.Harvester.forward, []
+
+    def counted(self):
+        n_done.append(self.ring.fill_number)
+        if n_done.count(fill) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self)
+
+    monkeypatch.setattr(train.Harvester, "forward", counted)
+    return lambda: monkeypatch.setattr(train.Harvester, "forward", forward)
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +125,45 @@ def test_after_an_interrupt(stop_at, config, tmp_path):
 def test_an_interrupt_in_the_middle_of_a_fill(save_ring, config, monkeypatch):
     """The fill that had begun is begun again."""
     whole = fastsae.train(config(**SHAPE))
-    train = sys.modules["fastsae.train"]
-    forward, n_done = train.Harvester.forward, []
-
-    def counted(self):
-        n_done.append(self.ring.fill_number)
-        if n_done.count(3) == 4:  # the 4th forward of the 4th fill
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(self)
-
-    monkeypatch.setattr(train.Harvester, "forward", counted)
+    undo = interrupt_at(monkeypatch, fill=3)
     stopped = fastsae.train(config(**SHAPE, name="stopped", save={"ring": save_ring}))
-    monkeypatch.setattr(train.Harvester, "forward", forward)
+    undo()
     assert stopped.interrupted
     state = json.loads((checkpoints(stopped.run_dir)[-1] / "run.json").read_text())
     assert state["ring"]["fill_number"] == 2, "the one before"
     assert same(weights(fastsae.resume(stopped.run_dir)), weights(whole))
+
+
+def test_a_step_is_validated_once(config, monkeypatch):
+    """Also where the run was stopped behind its validation, in the fill for the next batch."""
+    every = {"validate_every": 128, "baselines": False}
+    undo = interrupt_at(monkeypatch, fill=2)
+    stopped = fastsae.train(config(**{**SHAPE, "n_tokens": 2500}, save=every))
+    undo()
+    assert stopped.interrupted and stopped.metrics
+    fastsae.resume(stopped.run_dir)
+    validated = [row["n_tokens"] for row in rows(stopped.run_dir) if row["kind"] == "validation"]
+    assert len(validated) == len(set(validated)) == 20
+
+
+def test_with_no_step_left_the_figures_are_those_of_the_run(config, tmp_path):
+    whole = fastsae.train(config(**SHAPE))
+    again = fastsae.resume(copy_of(whole.run_dir, checkpoints(whole.run_dir)[-1], tmp_path))
+    assert again.metrics.keys() == whole.metrics.keys()
+    for key, figures in whole.metrics.items():
+        timed = {"tokens_per_second"}
+        assert {k: again.metrics[key][k] for k in figures.keys() - timed} == {
+            k: figures[k] for k in figures.keys() - timed
+        }
+
+
+def test_two_processes_do_not_go_on_with_one_run(stopped):
+    pytest.importorskip("fcntl", reason="no file locks here")
+    before = (stopped / "metrics.jsonl").read_bytes()
+    with _locked(stopped), pytest.raises(RunError, match="another process trains in"):
+        fastsae.resume(stopped)
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+    assert fastsae.resume(stopped).n_tokens == N_TOKENS and not (stopped / ".lock").exists()
 
 
 @pytest.mark.parametrize("switch", ["kept", "dropped", "added"])
@@ -177,6 +212,8 @@ def stopped(config):
         ({"model": {"name": "gpt2"}}, r"model\.name = gpt2"),
         ({"sae": {"d_sae": 64}}, r"sae\.d_sae = 64.*48"),
         ({"seed": 7}, r"seed = 7"),
+        ({"name": "other"}, r"name does not go with a resume"),
+        ({"runs_dir": "elsewhere"}, r"runs_dir does not go with a resume"),
     ],
 )
 def test_what_the_run_began_with_cannot_change(stopped, overrides, words):

@@ -334,7 +334,7 @@ def test_the_short_way_gives_the_same_activations(kind, dtype, tmp_path):
     folder = save_model(kind, tmp_path)
     cfg = ModelConfig(name=folder, hook=SHORT if kind != "bert" else SHORT[3:], dtype=dtype)
     source = load_source(cfg, torch.device("cpu"))
-    assert source.is_short
+    assert source.is_short and not source._is_hooked()
     tokens = torch.randint(D_VOCAB, (3, 24), generator=torch.Generator().manual_seed(1))
     limit = 1e-5 if dtype == "float32" else 0.03
     for _ in range(2):

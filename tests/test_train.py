@@ -306,6 +306,23 @@ def test_data_that_breaks_in_the_middle_leaves_a_checkpoint(config, monkeypatch)
     assert load_config(folder / "config.toml").n_tokens == 5000
 
 
+def test_what_is_wrong_with_the_config_is_said_before_a_model_is_loaded(config, tmp_path, monkeypatch):
+    nowhere = {"name": str(tmp_path / "nowhere"), "hook": [HOOK]}
+    for section in ({"step": {"target_l0": 3.0, "lr": 1e-3}}, {"sae": {"activation": "topk", "k": 64}}):
+        with pytest.raises(fastsae.ConfigError, match=r"target_l0|k = 64"):
+            fastsae.train(config(model=nowhere, **section))
+    monkeypatch.setattr(sys.modules["fastsae.prepare"], "find_spec", lambda name: None)
+    with pytest.raises(fastsae.ConfigError, match="wandb is not installed"):
+        prepare(config(model=nowhere, log={"wandb": "project"}))
+
+
+def test_paths_in_a_run_do_not_go_by_the_working_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = prepare(config(data={"cache_dir": "cache"}))
+    job.close()
+    assert job.config.data.cache_dir == tmp_path / "cache"
+
+
 @pytest.mark.parametrize("n_tokens", [50, 1200, 5000])
 def test_the_ring_takes_the_memory_that_was_predicted(config, n_tokens):
     job = prepare(config(n_tokens=n_tokens, model={"hook": ["blocks.*.hook_mlp_out"]}))

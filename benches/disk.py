@@ -19,7 +19,7 @@ import torch
 from benches.measure import about
 from fastsae.harvest import DiskFeeder
 from fastsae.ring import RingBuffer
-from fastsae.shards import CONTEXTS, POSITIONS, TOKENS, Shards, Writer, path_of
+from fastsae.shards import COLUMNS, Shards, Writer, path_of
 
 D_IN, BATCH, PIECE, CAPACITY = 768, 4096, 4096, 98_304
 SHARD_ROWS = 2**28 // (D_IN * 4)
@@ -32,8 +32,8 @@ def written(folder: Path, n_rows: int) -> Shards:
     acts = torch.randn(SHARD_ROWS, D_IN, generator=torch.Generator().manual_seed(0))
     for index in range(-(-n_rows // SHARD_ROWS)):
         n = min(SHARD_ROWS, n_rows - index * SHARD_ROWS)
-        numbers = torch.arange(n, dtype=torch.int32)
-        writer.write(index, {"h": acts[:n], TOKENS: numbers, CONTEXTS: numbers, POSITIONS: numbers}, {}, {})
+        columns = {name: torch.arange(n, dtype=torch.int32) for name in COLUMNS}
+        writer.write(index, {"h": acts[:n], **columns}, {}, {})
     return Shards(folder)
 
 

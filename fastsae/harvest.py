@@ -4,6 +4,7 @@ What the last fills were made of is remembered, forwards by their tokens and pie
 bring the same rows again.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from fastsae.shards import Piece, Shards
 from fastsae.source import Source
 from fastsae.timeline import Timeline
 from fastsae.tokens import TokenStream
+
+AHEAD = 3  # pieces of activations that are read from disk at a time
 
 
 class _Written(NamedTuple):
@@ -205,7 +208,7 @@ def _without_first(keep: Tensor, n: int) -> Tensor:
 class DiskFeeder:
     """Brings activations from disk into a ring: pieces of all shards, in an order that is a function of (seed, epoch).
 
-    The next piece is read while the present one is used.
+    The next pieces are read while the present one is used.
 
     Args:
         names: hook points.
@@ -229,9 +232,9 @@ class DiskFeeder:
         self._pieces, self._seed, self._repeat = shards.pieces(size), seed, repeat
         self._history = _History(ring)
         self._at = (0, 0)  # epoch, and place in its order
-        self._order: tuple[int, list[int]] = (-1, [])
-        self._reader = ThreadPoolExecutor(1, "fastsae-activations")
-        self._ahead: tuple[tuple[int, int], Future[dict[str, Tensor]]] | None = None
+        self._orders: dict[int, list[int]] = {}
+        self._reader = ThreadPoolExecutor(AHEAD, "fastsae-activations")
+        self._ahead: deque[tuple[tuple[int, int], Future[dict[str, Tensor]]]] = deque()
 
     def forward(self) -> bool:
         """One piece into the ring; False behind the last. Raises DataError for a shard that is missing or damaged."""
@@ -278,16 +281,25 @@ class DiskFeeder:
                 write(name, acts.to(self.ring.device, non_blocking=True))
 
     def _read(self, at: tuple[int, int]) -> dict[str, Tensor]:
-        ahead, self._ahead = self._ahead, None
-        found = self._submit(at) if ahead is None or ahead[0] != at else ahead[1]
-        following = (at[0], at[1] + 1) if at[1] + 1 < len(self._pieces) else (at[0] + 1, 0)
-        if self._repeat or following[0] == at[0]:
-            self._ahead = following, self._submit(following)
-        return found.result()
+        while self._ahead and self._ahead[0][0] != at:
+            self._ahead.popleft()
+        upcoming = self._following(self._ahead[-1][0]) if self._ahead else at
+        while upcoming is not None and len(self._ahead) <= AHEAD:
+            self._ahead.append((upcoming, self._submit(upcoming)))
+            upcoming = self._following(upcoming)
+        return self._ahead.popleft()[1].result()
+
+    def _following(self, at: tuple[int, int]) -> tuple[int, int] | None:
+        if at[1] + 1 < len(self._pieces):
+            return at[0], at[1] + 1
+        return (at[0] + 1, 0) if self._repeat else None
 
     def _submit(self, at: tuple[int, int]) -> Future[dict[str, Tensor]]:
-        if self._order[0] != at[0]:
-            shuffled = torch.randperm(len(self._pieces), generator=generator(self._seed, "pieces", at[0]))
-            self._order = at[0], shuffled.tolist()
-        piece: Piece = self._pieces[self._order[1][at[1]]]
-        return self._reader.submit(self.shards.read, piece, self.names)
+        epoch, place = at
+        if epoch not in self._orders:
+            shuffled = torch.randperm(len(self._pieces), generator=generator(self._seed, "pieces", epoch))
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = shuffled.tolist()
+        piece: Piece = self._pieces[self._orders[epoch][place]]
+        pin = self.ring.device.type == "cuda"
+        return self._reader.submit(self.shards.read, piece, self.names, pin=pin)

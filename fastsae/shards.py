@@ -1,38 +1,51 @@
 """Activations on disk: written once by `fastsae harvest`, read by any number of runs.
 
-    DIR/manifest.json                     what they are of, and per shard its rows, its checksum and where the tokens stood before it
+    DIR/manifest.json                     what they are of, and per shard its rows, its checksums and where the tokens stood before it
     DIR/0000000.safetensors, ...          per hook point its activations [n, width]; tokens, contexts and positions, int32 [n]
 
 A shard holds the rows of some whole forwards, in their order: it can be made again alone. It appears under its name when it is complete,
-and then in the manifest. Files are mapped into memory and read as they lie.
+and then in the manifest. Readers take blocks of rows from anywhere, and each block has a checksum of its own, so that none waits for
+a whole shard.
 """
 
 import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.errors import ConfigError, DataError, RunError, reason
 from fastsae.memory import text
 
-MANIFEST, VERSION = "manifest.json", 1
-TOKENS, CONTEXTS, POSITIONS = "tokens", "contexts", "positions"
-PIECE = 4096  # rows that are read at once
+MANIFEST, VERSION = "manifest.json", 2
+COLUMNS = TOKENS, CONTEXTS, POSITIONS = "tokens", "contexts", "positions"
+PIECE = 4096  # rows that are read at once, and of a checksum
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I32": torch.int32,
+}
 
 
 class Shard(NamedTuple):
     """One file."""
 
     n_rows: int
-    crc32: int
+    crc32: dict[str, list[int]]
+    """Per tensor those of every PIECE rows."""
     before: dict[str, Any]
     """Where the token stream stood before its first forward, and how many contexts lay behind it."""
 
@@ -64,7 +77,8 @@ class Shards:
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self.widths: dict[str, int] = self.manifest["widths"]
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
-        self._checked: set[int] = set()
+        self._layouts: dict[int, dict[str, Layout]] = {}
+        self._checked: set[tuple[int, str, int]] = set()
 
     @property
     def n_rows(self) -> int:
@@ -83,27 +97,85 @@ class Shards:
             for start in range(0, shard.n_rows, size)
         ]
 
-    def read(self, piece: Piece, names: list[str]) -> dict[str, Tensor]:
-        """Rows of some hook points, [stop - start, width], on the CPU. Raises DataError for a shard that is missing or damaged."""
+    def read(self, piece: Piece, names: list[str], *, pin: bool = False) -> dict[str, Tensor]:
+        """Rows of some tensors, [stop - start, width] or [stop - start], on the CPU. Threads may read at the same time.
+
+        pin: into pinned memory. Raises DataError for rows that are missing or damaged.
+        """
         path = path_of(self.folder, piece.shard)
-        if piece.shard not in self._checked:
-            if not self.is_whole(piece.shard):
-                raise DataError(
-                    f"{path} is missing or damaged; fastsae harvest with the same flags makes it again"
-                )
-            self._checked.add(piece.shard)
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_slice(name)[piece.start : piece.stop] for name in names}
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {path}: {reason(error)}") from None
+            with path.open("rb", buffering=0) as file:
+                return {name: self._rows(file, piece, name, pin) for name in names}
+        except (OSError, ValueError, KeyError):
+            raise DataError(
+                f"{path} is missing or damaged; fastsae harvest with the same flags makes it again"
+            ) from None
 
     def is_whole(self, index: int) -> bool:
         """Whether a shard's file has the bytes that were written."""
         try:
-            return checksum(path_of(self.folder, index)) == self.shards[index].crc32
-        except OSError:
+            with path_of(self.folder, index).open("rb", buffering=0) as file:
+                whole = Piece(index, 0, self.shards[index].n_rows)
+                for name in self.shards[index].crc32:
+                    self._rows(file, whole, name, pin=False, again=True)
+        except (OSError, ValueError, KeyError):
             return False
+        return True
+
+    def _rows(self, file: FileIO, piece: Piece, name: str, pin: bool, *, again: bool = False) -> Tensor:
+        """Whole blocks where some of them are not checked yet, or are to be checked again."""
+        if again or piece.shard not in self._layouts:
+            self._layouts[piece.shard] = layouts(file)
+        layout, crcs = self._layouts[piece.shard][name], self.shards[piece.shard].crc32[name]
+        blocks = range(piece.start // PIECE, -(-piece.stop // PIECE))
+        new = [block for block in blocks if again or (piece.shard, name, block) not in self._checked]
+        start, stop = piece.start, piece.stop
+        if new:
+            start, stop = blocks.start * PIECE, min(blocks.stop * PIECE, self.shards[piece.shard].n_rows)
+        row_bytes = layout.width * layout.dtype.itemsize
+        found = torch.empty((stop - start) * row_bytes, dtype=torch.uint8, pin_memory=pin)
+        memory = memoryview(found.numpy())  # type: ignore[arg-type]
+        file.seek(layout.offset + start * row_bytes)
+        done = 0
+        while done < len(memory) and (n := file.readinto(memory[done:])):
+            done += n
+        for block in new:
+            own = memory[block * PIECE * row_bytes - start * row_bytes :][: PIECE * row_bytes]
+            if done < len(memory) or zlib.crc32(own) != crcs[block]:
+                raise ValueError(f"rows {block * PIECE} and on are not those that were written")
+            self._checked.add((piece.shard, name, block))
+        rows = found[(piece.start - start) * row_bytes :][: (piece.stop - piece.start) * row_bytes]
+        return rows.view(layout.dtype).view(len(rows) // row_bytes, *layout.shape[1:])
+
+
+class Layout(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return math.prod(self.shape[1:])
+
+
+def layouts(file: FileIO) -> dict[str, Layout]:
+    """Of every tensor in a safetensors file: eight bytes with the length of a JSON header, that, and the tensors' bytes."""
+    file.seek(0)
+    n = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(n))
+    return {
+        name: Layout(8 + n + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def checksums(rows: Tensor) -> list[int]:
+    """crc32 of every PIECE rows."""
+    return [zlib.crc32(memoryview(part.view(torch.uint8).numpy())) for part in rows.contiguous().split(PIECE)]
 
 
 class Writer:
@@ -168,10 +240,10 @@ class Writer:
         """Shard `index`, the next one or one to be made again; before and after: where the tokens stood."""
         path = path_of(self.folder, index)
         aside = path.with_suffix(".part")
-        shard = Shard(len(tensors[TOKENS]), 0, dict(before))
+        crcs = {name: checksums(rows) for name, rows in tensors.items()}
+        shard = Shard(len(tensors[TOKENS]), crcs, dict(before))
         try:
             save_file(dict(tensors), aside)
-            shard = shard._replace(crc32=checksum(aside))
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -188,12 +260,3 @@ class Writer:
 
 def path_of(folder: Path, index: int) -> Path:
     return folder / f"{index:07d}.safetensors"
-
-
-def checksum(path: Path) -> int:
-    """crc32 of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc

@@ -187,6 +187,33 @@ def test_it_ends_where_the_rows_end(folder, config):
     assert result.n_tokens == 2000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_rows_are_read_from_anywhere_and_each_block_is_checked_alone(dtype, size, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE", 64)
+    acts = torch.randn(300, 5).to(dtype)
+    columns = {name: torch.arange(300, dtype=torch.int32) + i for i, name in enumerate(shards.COLUMNS)}
+    writer = shards.Writer(tmp_path, {"widths": {"h": 5}, "dtype": str(dtype)[6:], "facts": {}})
+    writer.write(0, {"h": acts, **columns}, {}, {})
+    store = Shards(tmp_path)
+    pieces = store.pieces(size)
+    for piece in [*pieces[::-1], *pieces]:  # the second time without a look at the checksums
+        read = store.read(piece, ["h", "contexts"])
+        assert torch.equal(read["h"], acts[piece.start : piece.stop])
+        assert torch.equal(read["contexts"], columns["contexts"][piece.start : piece.stop])
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    row = data.index(bytes(acts[130].view(torch.uint8).tolist()))
+    data[row] ^= 1
+    path.write_bytes(bytes(data))
+    store = Shards(tmp_path)
+    assert not store.is_whole(0)
+    assert torch.equal(store.read(shards.Piece(0, 0, 128), ["h"])["h"], acts[:128])
+    assert torch.equal(store.read(shards.Piece(0, 192, 300), ["h"])["h"], acts[192:])
+    with pytest.raises(DataError, match="missing or damaged"):
+        store.read(shards.Piece(0, 150, 151), ["h"])
+
+
 def test_what_is_wrong_with_a_folder(folder, config, tmp_path):
     with pytest.raises(DataError, match="holds no activations"):
         fastsae.train(config(data={"activations": str(tmp_path)}))

@@ -2,7 +2,8 @@
 
 Runs the tests of tests/kernels (with --device cuda, or --tests) and the benches, and needs torch, triton, pytest and
 pytest-benchmark only. Run it from the repository's root. DIR gets tests.json and kernels.json, the latter after every case, so that
-what has been measured is there whatever ends the run. A table comes last. The exit code is 1 where a test or a check
+what has been measured is there whatever ends the run. On a GPU beside which TransformerLens is installed, whole runs come last (end_to_end.json).
+A table comes last. The exit code is 1 where a test or a check
 failed, a file of tests did not end or an op raised; a missed target is a figure, not a failure. Times exclude compilation and warm-up.
 """
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from benches.kernel_tests import kernel_test_files, run_tests
 from benches.workers import ROOT, Row, rows
 
 TEST_SHARE = 0.45  # of the time, at most
+RUNS_SHARE = 0.25  # of the time, for whole runs
 AT_ONCE = 4  # files of tests beside one another on a GPU, where most of their time is compilation
 MARGIN_S = 5.0
 
@@ -65,6 +68,21 @@ def run_benches(out: Path, command: str, plan: Row, device: str, deadline: float
                     {"command": command, **plan["about"], "ceilings_per_s": ceilings, "cases": found},
                 )
     return found
+
+
+def run_whole(out: Path, seconds: float) -> None:
+    """benches.end_to_end, as far as it comes; its JSON is rewritten after each scene."""
+    command = [sys.executable, "-m", "benches.end_to_end", "--device", "cuda"]
+    try:
+        subprocess.run(
+            [*command, "--out", str(out / "end_to_end.json")],
+            cwd=ROOT,
+            env=environment(),
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        print("end_to_end: time was up")
 
 
 def table(found: list[Row], *, header: bool = True) -> str:
@@ -140,7 +158,11 @@ def main() -> None:
         write(out / "tests.json", {**plan["about"], **report})
         print(summary(report), flush=True)
     command = f"python3 -m benches.suite --device {device} --minutes {arguments.minutes:g}"
-    found = run_benches(out, command, plan, device, deadline)
+    whole_runs = device == "cuda" and find_spec("transformer_lens") is not None
+    until = deadline - RUNS_SHARE * (deadline - start) if whole_runs else deadline
+    found = run_benches(out, command, plan, device, until)
+    if whole_runs:
+        run_whole(out, deadline - time.monotonic())
     print(f"\n{plan['about']['device']}, torch {plan['about']['versions']['torch']}\n{table(found)}")
     if report is not None:
         print(summary(report))

@@ -81,15 +81,7 @@ def save_checkpoint(
     final, aside = root / f"{n_tokens:012d}", root / f".{n_tokens:012d}.part"
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        for name, step in steps.items():
-            with step.averaged():
-                step.sae.save(aside / SAES / name)
-            exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
-            tensors = {k: v.contiguous() for k, v in step.state_dict().items()}
-            save_file({**tensors, **exact}, aside / SAES / name / STEP_FILE)
-        (aside / RUN_FILE).write_text(
-            json.dumps({"n_tokens": n_tokens, **state}, indent=1) + "\n", encoding="utf-8"
-        )
+        write_steps(aside, steps, {"n_tokens": n_tokens, **state})
         (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
         save_file(dict(forwards), aside / FORWARDS_FILE)
         if ring is not None:
@@ -104,6 +96,36 @@ def save_checkpoint(
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def write_steps(folder: Path, steps: Mapping[str, TrainStep], state: Mapping[str, Any]) -> None:
+    """SAEs, their steps' state, and run.json into a new folder. Raises OSError, SafetensorError or RunError."""
+    for name, step in steps.items():
+        with step.averaged():
+            step.sae.save(folder / SAES / name)
+        exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
+        tensors = {k: v.contiguous() for k, v in step.state_dict().items()}
+        save_file({**tensors, **exact}, folder / SAES / name / STEP_FILE)
+    (folder / RUN_FILE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+
+
+def read_steps(folder: Path, steps: Mapping[str, TrainStep]) -> dict[str, Any]:
+    """Bring SAEs and steps to where `write_steps` found them, to the bit; returns its state. Raises RunError where they are not in it, or of
+    another shape."""
+    for name, step in steps.items():
+        path = folder / SAES / name / STEP_FILE
+        try:
+            state = load_file(path)
+            own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
+            step.sae.load_state_dict(own)
+            step.load_state_dict(state)
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"cannot go on from {path}: {reason(error)}") from None
+    try:
+        found: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
+    return found
 
 
 def _to_disk(folder: Path) -> None:
@@ -136,14 +158,7 @@ class Checkpoint:
 
     def restore(self, name: str, step: TrainStep) -> None:
         """Bring an SAE and its step to where they stood, to the bit. Raises RunError where they are not in it, or of another shape."""
-        path = self.folder / SAES / name / STEP_FILE
-        try:
-            state = load_file(path)
-            own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
-            step.sae.load_state_dict(own)
-            step.load_state_dict(state)
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise RunError(f"cannot go on from {path}: {reason(error)}") from None
+        read_steps(self.folder, {name: step})
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

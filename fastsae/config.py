@@ -163,6 +163,35 @@ class SAESection(Section):
     """Subtract b_dec before the encoder."""
 
 
+class ResampleConfig(Section):
+    """[dead]'s fields: when and from what dead latents start again; see resample.py. In activations."""
+
+    interval: PositiveInt = 200_000_000
+    """From one resampling to the next."""
+    max_n_resamples: NonNegativeInt = 4
+    """How often at most."""
+    collate: PositiveInt = 100_000_000
+    """The last ones of an interval, over which it is counted how often a latent fires."""
+    dataset_size: PositiveInt = 819_200
+    """The last ones of an interval, from which inputs are drawn."""
+    threshold: Share = 0.0
+    """Share of these on which a latent may fire and be dead nevertheless."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.collate > self.interval:
+            raise ValueError(f"collate = {self.collate} is more than interval = {self.interval}")
+        return self
+
+
+class DeadConfig(ResampleConfig):
+    """[dead]: what is done about dead latents."""
+
+    method: Literal["auto", "resample"] = "auto"
+    """ "auto": AuxK for topk and batchtopk (step.auxk_coefficient), nothing for relu and jumprelu. "resample", for relu: start them again from
+    inputs that are explained badly."""
+
+
 class StepConfig(Section):
     """[step]: one optimisation step."""
 
@@ -348,6 +377,7 @@ class RunConfig(Section):
     saes: tuple[SAEEntry, ...] = ()
     """Several SAEs per hook point; every hook point gets every entry."""
     step: StepConfig = StepConfig()
+    dead: DeadConfig = DeadConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
@@ -357,6 +387,10 @@ class RunConfig(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f'two entries of [[saes]] have the folder name "{name}"; give one a name')
+        if self.dead.method == "resample":
+            other = [v.sae.activation for v in self.variants() if v.sae.activation != "relu"]
+            if other:
+                raise ValueError(f'dead.method = "resample" is for activation = relu, not {other[0]}')
         return self
 
     def variants(self) -> list[Variant]:

@@ -5,7 +5,7 @@ differentiates.
 from typing import NamedTuple, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.activations import activate, smallest_active, times_active_, where_active
@@ -21,13 +21,16 @@ class Gradients(NamedTuple):
 
     params: dict[str, Tensor]
     out: StepOutput
-    fired: Bool[Tensor, " d_sae"]
+    n_fired: Tensor
+    """[d_sae], for how many inputs each latent is active."""
     level: Float[Tensor, ""] | None
     """batchtopk: the smallest selected pre-activation."""
     n_codes: Float[Tensor, ""]
     """Codes per input on the sparse path: l0, for jumprelu with what lies in the band below the threshold."""
     fullest: Int[Tensor, ""] | None = None
     """Codes of the fullest row, on the sparse path."""
+    losses: Float[Tensor, " batch"] | None = None
+    """Of each input, where they were asked for: squared error and L1 term."""
 
     def times(self, share: float) -> Self:
         """As a share of a mean over more rows; the gradients in place."""
@@ -43,12 +46,15 @@ class Gradients(NamedTuple):
         return self._replace(
             params={name: g.add_(other.params[name]) for name, g in self.params.items()},
             out=StepOutput(*(a + b for a, b in zip(self.out, other.out, strict=True))),
-            fired=self.fired | other.fired,
+            n_fired=self.n_fired + other.n_fired,
             level=None if self.level is None or other.level is None else self.level + other.level,
             n_codes=self.n_codes + other.n_codes,
             fullest=None
             if self.fullest is None or other.fullest is None
             else self.fullest.maximum(other.fullest),
+            losses=None
+            if self.losses is None or other.losses is None
+            else torch.cat([self.losses, other.losses]),
         )
 
 
@@ -58,6 +64,8 @@ def gradients(
     target: Float[Tensor, "batch d_out"],
     terms: Terms,
     compute: torch.dtype = torch.float32,
+    *,
+    with_losses: bool = False,
 ) -> Gradients:
     """Loss and gradients for inputs in scaled units.
 
@@ -80,6 +88,7 @@ def gradients(
     g_c = g.to(compute)
     norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else torch.ones_like(sae.b_enc)
     acts_sum = acts.sum(0, dtype=acc)
+    losses = _losses(error, acts, norms, terms) if with_losses else None
     g_acts = g_c @ W_dec.T
     grads = {"W_dec": (acts.T @ g_c).to(acc)}
     if terms.l1_coefficient is not None:
@@ -116,7 +125,14 @@ def gradients(
         grads["b_dec"] = grads["b_dec"] - sae.W_enc @ grads["b_enc"]
     grads["W_enc"] = (g_pre.T @ centred).to(acc)
     out = StepOutput.of(mse, l1, l0_loss, auxk, l0_now, terms)
-    return Gradients(grads, out, times > 0, level, n_codes)
+    return Gradients(grads, out, times, level, n_codes, losses=losses)
+
+
+def _losses(error: Tensor, acts: Tensor, norms: Tensor, terms: Terms) -> Float[Tensor, " batch"]:
+    losses = error.square().sum(1)
+    if terms.l1_coefficient is not None:
+        losses = losses + terms.l1_coefficient * (acts @ norms.to(acts.dtype)).to(losses.dtype)
+    return losses
 
 
 def _l0_term(

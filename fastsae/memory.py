@@ -45,7 +45,10 @@ def predict(
     )  # a recorded step keeps its memory
     return {
         "ring": ring,
-        "saes": sum(sae_bytes(shape, steps[key]) for key, shape in shapes.items()),
+        "saes": sum(
+            sae_bytes(shape, steps[key]) + (inputs_bytes(shape) if config.dead.method == "resample" else 0)
+            for key, shape in shapes.items()
+        ),
         "step": sum(step_sizes) if kept else max(step_sizes),
         **({"host": host} if host else {}),
     }
@@ -77,6 +80,11 @@ def sae_bytes(shape: SAEConfig, step: StepConfig) -> int:
     assert step.betas != "auto"
     n_copies = 2 + (step.betas[0] > 0) + (step.ema_decay is not None)
     return n_copies * element * n_parameters(shape) + (copies - saved) * matrices
+
+
+def inputs_bytes(shape: SAEConfig) -> int:
+    """What a resampler keeps: an input for each latent, and a few numbers."""
+    return shape.d_sae * (shape.d_in * 4 + 12)
 
 
 def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:

@@ -61,30 +61,23 @@ class RingBuffer:
         check_capacity(capacity, batch_size, max_write, n_rows)
         self.capacity, n_carry = rows_held(capacity, n_rows, max_write)
         self.segment = self.capacity // SEGMENTS
-        self.batch_size, self.device, self.seed = batch_size, device, seed
+        self.device, self.seed = device, seed
         self._n_rows = n_rows
         home = torch.device("cpu") if placement == "host" else device
         pin = placement == "host" and device.type == "cuda"
-        kinds = {name: (dtypes or {}).get(name, dtype) for name in widths}
-
-        def rows(n: int, where: torch.device) -> dict[str, Tensor]:
-            return {
-                name: torch.empty(n, width, dtype=kinds[name], device=where, pin_memory=pin and where == home)
-                for name, width in widths.items()
-            }
-
+        self._kinds = {name: ((dtypes or {}).get(name, dtype), width) for name, width in widths.items()}
+        self._home, self._pin = home, pin
         # the slots, and behind them what waits for the next fill
-        self._rows = rows(self.capacity + n_carry, home)
+        self._rows = self._tensors(self.capacity + n_carry, home)
         self._data = {name: t[: self.capacity] for name, t in self._rows.items()}
         self._carry = {name: t[self.capacity :] for name, t in self._rows.items()}
         self._outbound: Outbound | None = None
         self._inbound: Inbound | None = None
-        if placement == "host" and (there := lane_for(device)) and (back := lane_for(device)):
-            row_bytes = max(width * kinds[name].itemsize for name, width in widths.items())
+        self._lane = lane_for(device) if placement == "host" else None
+        if self._lane is not None and (there := lane_for(device)) is not None:
+            row_bytes = max(width * kind.itemsize for kind, width in self._kinds.values())
             self._outbound = Outbound(there, max_write * row_bytes, device)
-            pinned, handed = ([rows(batch_size, where) for _ in range(2)] for where in (home, device))
-            self._inbound = Inbound(back, pinned, handed)
-        self._batch = rows(batch_size, device) if self._inbound is None else self._inbound.open()
+        self.resize_batch(batch_size)
 
         self.fill_number = 0
         self.n_written = 0
@@ -94,7 +87,7 @@ class RingBuffer:
         self._n_carry = 0
         self._n_filled = self._fill_size = 0
         self._order = torch.empty(0, dtype=torch.int64)  # slots of this phase, in the order of drawing
-        self.cursor = 0
+        self.cursor = self._n_shuffles = 0
         self._segments = list(range(SEGMENTS))
         self._point = {"fill_number": 0, "cursor": 0, "n_written": 0, "n_waiting": 0}
         self._open_fill()
@@ -111,6 +104,23 @@ class RingBuffer:
         if self._inbound is None or self._outbound is None:
             return held + sum(t.nbytes for t in self._batch.values())
         return held + self._inbound.mem_bytes + self._outbound.mem_bytes
+
+    @property
+    def n_undrawn(self) -> int:
+        """Rows that were written and not drawn."""
+        return len(self._live())
+
+    def resize_batch(self, batch_size: int) -> None:
+        """Rows per batch from here on; not while somebody goes through `batches`."""
+        self.batch_size = batch_size
+        if self._lane is None:
+            self._batch = self._tensors(batch_size, self.device)
+        else:
+            pinned, handed = (
+                [self._tensors(batch_size, where) for _ in range(2)] for where in (self._home, self.device)
+            )
+            self._inbound = Inbound(self._lane, pinned, handed)
+            self._batch = self._inbound.open()
 
     def fill(self, more: Callable[[], bool]) -> None:
         """Call `more` until the present fill is full. `more` writes once, or returns False where there is no more:
@@ -171,6 +181,22 @@ class RingBuffer:
                     yield {name: batch[:n] for name, batch in self._batch.items()}
             if n < self.batch_size:
                 return
+
+    def begin(self) -> None:
+        """Behind the one fill of a ring that gets no other: `batches` then draws all of its rows, in one order."""
+        self._begin_phase(everything=True)
+
+    def peek(self, i: int) -> dict[str, Tensor]:
+        """Row i of those that `batches` draws next, [d_in] per hook point. Waits for the device. Raises IndexError behind the phase's last."""
+        slot = int(self._order[self.cursor :][i])
+        return {name: data[slot] for name, data in self._data.items()}
+
+    def shuffle(self) -> None:
+        """Another order of what is left of the phase."""
+        left = self._order[self.cursor :]
+        draw = generator(self.seed, "ring/shuffle", self._n_shuffles)
+        self._order[self.cursor :] = left[torch.randperm(len(left), generator=draw)]
+        self._n_shuffles += 1
 
     def chunks(self, name: str, size: int) -> Iterator[Tensor]:
         """The undrawn rows of one hook point on the device, `size` at a time: `[<=size, d_in]`."""
@@ -293,14 +319,21 @@ class RingBuffer:
         self._free = [ages[0] for ages in self._ages]
         self._ages = [ages[1:] for ages in self._ages]
 
+    def _tensors(self, n: int, where: torch.device) -> dict[str, Tensor]:
+        pin = self._pin and where == self._home
+        return {
+            name: torch.empty(n, width, dtype=kind, device=where, pin_memory=pin)
+            for name, (kind, width) in self._kinds.items()
+        }
+
     def _settle(self) -> None:
         """Wait for rows that are on their way to the host."""
         if self._outbound is not None:
             self._outbound.settle()
 
-    def _begin_phase(self) -> None:
+    def _begin_phase(self, *, everything: bool = False) -> None:
         self._settle()
-        if self._n_filled < len(self._parts):  # the run's last rows: everything goes, in one order
+        if everything or self._n_filled < len(self._parts):  # the run's last rows: all go, in one order
             if self.fill_number > 0:
                 self._ages = [self._segments, self._ages[0], self._ages[1]]
             slots, self._ages = self._live(), [[], [], []]

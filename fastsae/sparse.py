@@ -43,10 +43,11 @@ class Pass(NamedTuple):
         return n.sum().to(self.out.mse.dtype) / len(self.x)
 
     @property
-    def fired(self) -> Bool[Tensor, " d_sae"]:
+    def n_fired(self) -> Tensor:
+        """[d_sae], for how many inputs each latent is active."""
         if self.active is None:
-            return self.t.starts.diff() > 0
-        return latent_sums(self.t, self.active.to(self.out.mse.dtype)) > 0
+            return self.t.starts.diff()
+        return latent_sums(self.t, self.active.to(self.out.mse.dtype))
 
 
 class Rows(NamedTuple):

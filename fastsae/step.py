@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastsae.config import SAEConfig, StepConfig, resolved_step
+from fastsae.config import ResampleConfig, SAEConfig, StepConfig, resolved_step
 from fastsae.counters import Counters, StepOutput
 from fastsae.dense import Gradients, gradients
 from fastsae.errors import ConfigError
@@ -22,6 +22,7 @@ from fastsae.losses import Terms
 from fastsae.metrics import short_count
 from fastsae.optim import adam_, clip_scale, global_norm, lr_factor, normalise_rows_, project_rows_, ramp
 from fastsae.paths import Capacity, DeadChoice, PathChoice
+from fastsae.resample import Resampler
 from fastsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -61,16 +62,28 @@ class Moved(NamedTuple):
 class TrainStep:
     """One optimisation step per call, in place on the SAE's parameters.
 
+    times_fired [d_sae], int64 on the device: of all inputs so far, for how many each latent was active; tokens_since_fired: the inputs since.
+
     Args:
         sae: the SAE to train; its parameters are the fp32 masters (fp64 for precision "fp64"). Between steps they may be written
             to or replaced, but for bf16 not through `.data`, which leaves no trace for the copies that the products read.
         cfg: the step's section of the config; every "auto" is resolved here, see `cfg` of the object.
         n_steps: length of the run, for the schedules; without it there is no decay and no warm-up of L1 or L0.
+        resample: start dead latents again from inputs that are explained badly; None: never.
+        seed: of the draws of those.
     Raises:
         ConfigError: a field of cfg that belongs to another activation, or parameters of the wrong dtype.
     """
 
-    def __init__(self, sae: SAE, cfg: StepConfig | None = None, n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        cfg: StepConfig | None = None,
+        n_steps: int | None = None,
+        *,
+        resample: ResampleConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         self.sae, self.n_steps = sae, n_steps
         self.cfg = resolved_step(cfg or StepConfig(), sae.cfg, n_steps, sae.W_dec.device.type)
         master = torch.float64 if self.cfg.precision == "fp64" else torch.float32
@@ -100,6 +113,11 @@ class TrainStep:
             None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
         )
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+        self.times_fired = torch.zeros_like(self.tokens_since_fired)
+        self.resampler = (
+            None if resample is None else Resampler(resample, sae, self.times_fired, self.moments, seed)
+        )
+        self._with_losses = False  # each input's own, of the next step
         self._dead = DeadChoice(self.cfg, sae.W_dec.device)
         place = self.cfg, sae.cfg, sae.W_dec.device
         self._counters, self._path, self._capacity = Counters(sae), PathChoice(*place), Capacity(*place)
@@ -122,31 +140,39 @@ class TrainStep:
         one_pass = sparse and self._is_one_pass(may_be_dead)
         if not one_pass:
             self._catch_up()
+        if self.resampler is not None:
+            self.resampler.before_step()
+            self._with_losses = self.resampler.wants_losses
         operands, now = self._operands() if sparse else None, self._scalars(len(x))
 
-        def run(x: Tensor, target: Tensor | None, now: Tensor) -> StepOutput:
+        def run(x: Tensor, target: Tensor | None, now: Tensor) -> tuple[StepOutput, Tensor | None]:
             return self._on_device(x, target, now, operands, may_be_dead)
 
         def move(x: Tensor, target: Tensor | None, now: Tensor) -> Moved:
             return self._move(x, target, Scalars.of(now), operands, may_be_dead, width)
 
-        key = x.shape, x.dtype, None if target is None else target.dtype, sparse, may_be_dead, width
+        kinds = x.dtype, None if target is None else target.dtype
+        key = x.shape, kinds, sparse, may_be_dead, width, self._with_losses
         around = [*self.sae.parameters(), *self.sae.buffers()]
         with _tf32(self.cfg.precision == "tf32", x.device):
             if width is None:
-                out = self._graphs(key, run, x, target, now, around=around)
+                out, losses = self._graphs(key, run, x, target, now, around=around)
             else:
                 moved = self._graphs(key, move, x, target, now, around=around)
                 if self._capacity.overflowed():
                     one_pass = False
                     self._catch_up()
                     moved = self._move(x, target, Scalars.of(now), None, may_be_dead)
-                out = self._book(moved, Scalars.of(now))
+                out, losses = self._book(moved, Scalars.of(now))
         if self._shadows is not None:
             self._shadows.renewed() if one_pass else self._shadows.outdated()
         self._any_behind = one_pass
         self.n_done += 1
         self.n_tokens += len(x)
+        if self.resampler is not None:
+            renewed = self.resampler.after_step(x, losses)
+            if renewed is not None:
+                self.tokens_since_fired.masked_fill_(renewed, 0)
         return out.copy() if x.device.type == "cuda" else out  # the next replay writes there again
 
     def _on_device(
@@ -156,7 +182,7 @@ class TrainStep:
         now: Tensor,
         operands: tuple["sparse.Rows", "sparse.Rows"] | None,
         may_be_dead: bool,
-    ) -> StepOutput:
+    ) -> tuple[StepOutput, Tensor | None]:
         """The step as one graph: nothing in it depends on a number on the host that changes from step to step."""
         scalars = Scalars.of(now)
         return self._book(self._move(x, target, scalars, operands, may_be_dead), scalars)
@@ -182,10 +208,11 @@ class TrainStep:
             grad_norm = self._update(found.params, found.out.loss, now, self._fits(found, width))
         return Moved(found._replace(params={}), grad_norm, target)
 
-    def _book(self, moved: Moved, now: Scalars) -> StepOutput:
-        """What follows from a step that counts: who fired, running means, figures."""
+    def _book(self, moved: Moved, now: Scalars) -> tuple[StepOutput, Tensor | None]:
+        """What follows from a step that counts: who fired, running means, figures. Its output, and each input's loss where that is wanted."""
         sae, (found, grad_norm, target) = self.sae, moved
-        self.tokens_since_fired.add_(len(target)).masked_fill_(found.fired, 0)
+        self.tokens_since_fired.add_(len(target)).masked_fill_(found.n_fired > 0, 0)
+        self.times_fired.add_(found.n_fired.to(torch.int64))
         self._path.add(found.n_codes)
         if found.level is not None:
             assert sae.threshold is not None
@@ -197,7 +224,7 @@ class TrainStep:
         if self._average is not None:
             for name, w in self._rows().items():
                 self._average[name].lerp_(w, now.ema)
-        return found.out
+        return found.out, found.losses
 
     def _fits(self, found: Gradients, width: int | None) -> Bool[Tensor, ""] | None:
         """Whether every code found a slot; the host learns of it too."""
@@ -219,7 +246,7 @@ class TrainStep:
         pieces = zip(x.chunk(self.cfg.accumulate), target.chunk(self.cfg.accumulate), strict=True)
         for rows, wanted in pieces:
             if operands is None:
-                found = gradients(self.sae, rows, wanted, terms, self.compute)
+                found = gradients(self.sae, rows, wanted, terms, self.compute, with_losses=self._with_losses)
             else:
                 found, _ = self._sparse(rows, wanted, terms, *operands, width)
             found = found if len(rows) == len(x) else found.times(len(rows) / len(x))
@@ -273,9 +300,14 @@ class TrainStep:
         out = StepOutput.of(mse, l1, l0_loss, auxk, main.l0, terms)
         one_pass = self._is_one_pass(terms.dead_mask is not None)
         params = {} if one_pass else sparse.gradients(sae, passes, terms)
+        losses = None
+        if self._with_losses:
+            losses = (
+                main.out.mse + (0.0 if terms.l1_coefficient is None else terms.l1_coefficient) * main.out.l1
+            )
         counts = main.codes.counts
         n_codes, fullest = counts.sum().to(mse.dtype) / batch, None if width is None else counts.amax()
-        return Gradients(params, out, main.fired, main.level, n_codes, fullest), main
+        return Gradients(params, out, main.n_fired, main.level, n_codes, fullest, losses), main
 
     def _is_one_pass(self, may_be_dead: bool) -> bool:
         """Whether the sparse path steps with gradient rows that are never stored: dead latents add to them, pieces of a batch do, and so
@@ -370,10 +402,16 @@ class TrainStep:
         """Means since the last read, as floats. This one waits for the device.
 
         loss, l1, auxk as optimised (scaled units); mse (raw units), l0, fvu; grad_norm before clipping; lr of
-        the next step; dead_fraction_<window>; first_bad_step, the first step whose loss was not finite, or -1.
+        the next step; dead_fraction_<window>; first_bad_step, the first step whose loss was not finite, or -1. With a resampler, how often it
+        was time, and how many latents were dead the last time.
         """
-        figures = self._counters.read({"dead_fraction": self.dead_mask().float().mean()})
+        extra = {"dead_fraction": self.dead_mask().float().mean()}
+        if self.resampler is not None:
+            extra["resampled_latents"] = self.resampler.n_dead
+        figures = self._counters.read(extra)
         dead = figures.pop("dead_fraction")
+        if self.resampler is not None:
+            figures["n_resamples"] = float(self.resampler.n_resampled)
         return {**figures, "lr": self.lr, f"dead_fraction_{short_count(self.cfg.dead_after)}": dead}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -386,8 +424,10 @@ class TrainStep:
         }
         state |= {f"adam.behind.{p}": steps for p, steps in self._behind.items()}
         state |= {f"ema.{p}": w for p, w in (self._average or {}).items()}
-        state["tokens_since_fired"] = self.tokens_since_fired
+        state |= {"tokens_since_fired": self.tokens_since_fired, "times_fired": self.times_fired}
         state["progress"] = torch.tensor([self.n_done, self.n_tokens])
+        if self.resampler is not None:
+            state |= self.resampler.state_dict()
         choices = {name: t for choice in self._choices() for name, t in choice.state_dict().items()}
         return {**state, **self._counters.state, **choices}
 
@@ -397,6 +437,8 @@ class TrainStep:
             mine.copy_(state[name])
         for choice in self._choices():
             choice.load_state_dict(state)
+        if self.resampler is not None:
+            self.resampler.load_state_dict(state)
         self._any_behind = True  # or none is; then to catch up changes nothing
         self.n_done, self.n_tokens = (int(n) for n in state["progress"])
 

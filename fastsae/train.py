@@ -343,7 +343,17 @@ def _steps(job: Job, ring: RingBuffer) -> dict[str, TrainStep]:
         initialise(sae, lambda hook=job.hook_of[key]: ring.chunks(hook, CHUNK_ROWS))  # type: ignore[misc]
         if key in job.initial:
             sae.load_folded(job.initial[key])
-    steps = {key: TrainStep(sae, job.steps[key], job.n_steps) for key, sae in job.saes.items()}
+    dead = job.config.dead
+    steps = {
+        key: TrainStep(
+            sae,
+            job.steps[key],
+            job.n_steps,
+            resample=dead if dead.method == "resample" else None,
+            seed=job.config.seed,
+        )
+        for key, sae in job.saes.items()
+    }
     if job.checkpoint is not None:
         for key, step in steps.items():
             job.checkpoint.restore(key, step)

@@ -22,6 +22,7 @@ from fastsae.config import (
 from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, DataError, FastSAEError, NonFiniteLossError, RunError, SourceError
 from fastsae.evaluate import Validation, evaluate
+from fastsae.pipeline import Pipeline
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
@@ -37,6 +38,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "NonFiniteLossError",
+    "Pipeline",
     "Result",
     "RingBuffer",
     "RingConfig",

@@ -59,6 +59,7 @@ LAYERS = [
     {"folder"},
     {"train", "revisit", "collect", "autoencoder", "source_datasets"},
     {"pipeline"},
+    {"sparse_autoencoder"},
     {"report"},
     {"cli"},
 ]

@@ -1,0 +1,444 @@
+"""Pipeline: the job of `sparse_autoencoder`'s class of that name, on our ring, step and validation.
+
+The constructor's arguments and the methods are that library's; what its documentation promises happens. One ring-like store per
+generation, filled by hooks during the forward; one TrainStep, and so one optimizer, per component for the life of the object.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastsae.autoencoder import LitSparseAutoencoder, SparseAutoencoder
+from fastsae.checkpoint import read_steps, write_steps
+from fastsae.config import ModelConfig
+from fastsae.errors import ConfigError, DataError, RunError
+from fastsae.evaluate import Validation, evaluate
+from fastsae.harvest import Harvester
+from fastsae.interrupt import interruptible
+from fastsae.packing import TokenBatch
+from fastsae.ring import RingBuffer
+from fastsae.source import load_source
+from fastsae.source_datasets import SourceDataset
+from fastsae.step import TrainStep
+from fastsae.tokens import Tokens
+
+__all__ = ["ActivationStore", "Pipeline"]
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = Path(tempfile.gettempdir()) / "sparse_autoencoder"
+HELD_OUT = 8192  # activations to validate on, where nobody has said how many before the first are needed
+
+
+class ActivationStore:
+    """Activations of every component, in random order; each is trained on once.
+
+    `store[i]` is row i of that order, [components, d_in]; `len(store)` counts those that are left.
+    """
+
+    def __init__(self, ring: RingBuffer, names: Sequence[str]) -> None:
+        self.ring, self._names = ring, list(names)
+
+    def __len__(self) -> int:
+        return self.ring.n_undrawn
+
+    def __getitem__(self, i: int) -> Float[Tensor, "components d_in"]:
+        rows = self.ring.peek(i)
+        return torch.stack([rows[name] for name in self._names])
+
+    def shuffle(self) -> None:
+        """Another order of what is left."""
+        self.ring.shuffle()
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """By hook point, until nothing is left; the last may be short. A batch is valid until the next one is asked for."""
+        self.ring.resize_batch(batch_size)
+        return self.ring.batches(lambda: False)
+
+
+class Pipeline:
+    """Generate activations, train on them, validate, save; `run_pipeline` does all of it in turn.
+
+    Args:
+        autoencoder: a LitSparseAutoencoder, or a SparseAutoencoder, which is then trained with the defaults of the former.
+        cache_names: hook points, one per component.
+        layer: the deepest layer of these; None: as their names say.
+        source_dataset: contexts of token ids.
+        source_model: a TransformerBridge or HookedTransformer, on the device to train on; one wrapped in DataParallel is unwrapped with a warning.
+        n_input_features, n_learned_features: d_in and d_sae, which must be the autoencoder's.
+        run_name: in the names of checkpoints.
+        checkpoint_directory: where these go.
+        log_frequency: steps between two rows of figures, to wandb where a run of it is active.
+        num_workers_data_loading: has no meaning here: a thread reads and tokenises ahead, and there is no loader.
+        source_data_batch_size: contexts per forward.
+        lr, betas, precision: of the step.
+        seed: of the order of tokens and activations.
+    Raises: ConfigError or SourceError, before any forward of a run, for arguments that do not fit one another, or the model.
+    """
+
+    def __init__(
+        self,
+        autoencoder: SparseAutoencoder,
+        cache_names: Sequence[str],
+        layer: int | None,
+        source_dataset: SourceDataset,
+        source_model: Any,
+        n_input_features: int,
+        n_learned_features: int,
+        run_name: str = "sparse_autoencoder",
+        checkpoint_directory: Path | str = CHECKPOINTS,
+        log_frequency: int = 100,
+        num_workers_data_loading: int = 0,
+        source_data_batch_size: int = 12,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        precision: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        self.autoencoder, self.cache_names = autoencoder, list(cache_names)
+        self.source_dataset, self.source_model = source_dataset, source_model
+        self.n_input_features, self.n_learned_features = n_input_features, n_learned_features
+        self.run_name, self.checkpoint_directory = run_name, Path(checkpoint_directory)
+        self.log_frequency, self.source_data_batch_size = log_frequency, source_data_batch_size
+        self.num_workers_data_loading = num_workers_data_loading
+        self.seed = seed
+        self.total_activations_trained_on = 0
+        self.progress_bar: Any = None
+        self._check_shape()
+        inner = getattr(source_model, "module", source_model)
+        device = next(inner.parameters()).device
+        cfg = ModelConfig(hook=tuple(self.cache_names), batch_size=source_data_batch_size)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the model's weights are")
+            self._source = load_source(cfg, device, source_model)
+        self.layer = self._checked_layer(layer)
+        self._source.check_context_size(source_dataset.context_size)
+        for hook in self._source.hooks:
+            if hook.width != n_input_features:
+                raise ConfigError(
+                    f"{hook.name} has {hook.width} numbers per token, but n_input_features = {n_input_features}"
+                )
+        autoencoder.to(device)
+        config = autoencoder.config if isinstance(autoencoder, LitSparseAutoencoder) else None
+        l1 = 0.001 if config is None else config.l1_coefficient
+        resample = None if config is None else config.resample
+        step = autoencoder.step_config(l1, lr=lr, betas=betas, precision=precision)
+        logger.info(
+            "l1_coefficient = %g beside a mean over %d features is %g beside our sum over them",
+            l1,
+            n_input_features,
+            step.l1_coefficient,
+        )
+        self.steps = {
+            name: TrainStep(sae, step, resample=resample, seed=seed)
+            for name, sae in zip(self.cache_names, autoencoder.components, strict=True)
+        }
+        self._tokens: Tokens | None = None
+        self._n_generated = 0
+        self._resume_at: dict[str, Any] | None = None
+
+    @property
+    def n_components(self) -> int:
+        """Hook points."""
+        return len(self.cache_names)
+
+    @property
+    def component_names(self) -> list[str]:
+        """What figures are logged under."""
+        config = self.autoencoder.config
+        return list(getattr(config, "component_names", self.cache_names))
+
+    def generate_activations(self, store_size: int) -> ActivationStore:
+        """A store of that many activations per component, shuffled; fewer where the dataset ends first.
+
+        Raises ConfigError unless store_size is a multiple of what a forward brings, DataError where the dataset has ended.
+        """
+        per_forward = self.source_data_batch_size * self.source_dataset.context_size
+        if store_size < 1 or store_size % per_forward:
+            nearest = max(round(store_size / per_forward), 1) * per_forward
+            raise ConfigError(
+                f"store_size = {store_size} is no multiple of source_data_batch_size x context_size = {self.source_data_batch_size} x "
+                f"{self.source_dataset.context_size} = {per_forward}; the nearest is {nearest}"
+            )
+        return self._generate(store_size)
+
+    def train_autoencoder(
+        self, activation_store: ActivationStore, train_batch_size: int
+    ) -> Int[Tensor, "components d_sae"]:
+        """Train every component on all that the store holds; returns how often each latent fired on that."""
+        before = self._fired()
+        for _ in self._train(activation_store, train_batch_size):
+            pass
+        return self._fired() - before
+
+    def validate_sae(self, validation_n_activations: int) -> dict[str, Validation]:
+        """Figures per component on at least so many held-out activations (whole contexts), the same ones at every call; logged to wandb
+        where a run of it is active."""
+        found = evaluate(
+            self._source,
+            dict(zip(self.component_names, self._pairs(), strict=True)),
+            self._held_out(validation_n_activations),
+            batch_size=self.source_data_batch_size,
+        )
+        _log(_validation_row(found))
+        return found
+
+    def save_checkpoint(self, *, is_final: bool = False) -> Path:
+        """Write `<run_name>_<activations>` or `<run_name>_final`: a folder that fastsae.load_all opens, and `load_checkpoint`; then, where a run
+        of wandb is active, upload it, which may fail without harm. Returns the folder."""
+        name = f"{self.run_name}_{'final' if is_final else self.total_activations_trained_on}"
+        folder = self.checkpoint_directory / name
+        aside = folder.with_name(f".{name}.part")
+        state = {
+            "total_activations_trained_on": self.total_activations_trained_on,
+            "n_generated": self._n_generated,
+            "tokens": None if self._tokens is None else self._tokens.train.state_dict(),
+        }
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            for step, hook in zip(self.steps.values(), self.cache_names, strict=True):
+                step.sae.metadata = {**step.sae.metadata, "hook_name": hook}
+            write_steps(aside, self.steps, state)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+        except OSError as error:
+            raise RunError(f"cannot write the checkpoint {folder}: {error}") from None
+        _upload(folder)
+        return folder
+
+    def load_checkpoint(self, folder: Path | str) -> None:
+        """Go on from a checkpoint of a pipeline that was made with the same arguments: weights, optimizer, counter, and the next tokens."""
+        state = read_steps(Path(folder), self.steps)
+        self.total_activations_trained_on = state["total_activations_trained_on"]
+        self._n_generated = state["n_generated"]
+        self._resume_at = state["tokens"]
+        if self._tokens is not None and self._resume_at is not None:
+            self._tokens.train.load_state_dict(self._resume_at)
+
+    def run_pipeline(
+        self,
+        train_batch_size: int,
+        max_store_size: int,
+        max_activations: int,
+        validation_n_activations: int = 1024,
+        validate_frequency: int | None = None,
+        checkpoint_frequency: int | None = None,
+    ) -> None:
+        """Train on exactly max_activations per component, in stores of at most max_store_size, and save a final checkpoint.
+
+        Validates and saves at every multiple of the frequencies, counted over the life of the object. Ctrl-C, or a dataset that ends, ends it
+        with the final checkpoint. Called again, it goes on.
+        """
+        per_forward = self.source_data_batch_size * self.source_dataset.context_size
+        store_size = max_store_size // per_forward * per_forward
+        if store_size == 0:
+            raise ConfigError(
+                f"max_store_size = {max_store_size} holds not one forward: source_data_batch_size x context_size = "
+                f"{self.source_data_batch_size} x {self.source_dataset.context_size} = {per_forward}"
+            )
+        if validate_frequency is not None:
+            self._held_out(validation_n_activations)
+        goal = self.total_activations_trained_on + max_activations
+        with interruptible() as stop, _progress_bar(max_activations) as self.progress_bar:
+            while self.total_activations_trained_on < goal and not stop.is_set():
+                self._stage("generate")
+                try:
+                    store = self._generate(min(store_size, goal - self.total_activations_trained_on))
+                except DataError as error:
+                    warnings.warn(f"{error}; the run ends here", stacklevel=2)
+                    break
+                self._stage("train")
+                for n in self._train(store, train_batch_size):
+                    if self._crossed(n, validate_frequency):
+                        self._stage("validate")
+                        self.validate_sae(validation_n_activations)
+                    if self._crossed(n, checkpoint_frequency):
+                        self._stage("checkpoint")
+                        self.save_checkpoint()
+                    if stop.is_set():
+                        break
+                    self._stage("train")
+                del store  # its memory, before the next
+            self.save_checkpoint(is_final=True)
+
+    def _train(self, store: ActivationStore, batch_size: int) -> Iterator[int]:
+        """Steps; yields the size of each batch behind it."""
+        for batch in store.batches(batch_size):
+            n = 0
+            for name, step in self.steps.items():
+                step(batch[name])
+                n = len(batch[name])
+            self.total_activations_trained_on += n
+            if self.progress_bar is not None:
+                self.progress_bar.update(n)
+            if next(iter(self.steps.values())).n_done % self.log_frequency == 0:
+                self._report()
+            yield n
+
+    def _generate(self, n_rows: int) -> ActivationStore:
+        stream = self._opened(HELD_OUT).train
+        per_forward = self.source_data_batch_size * self.source_dataset.context_size
+        ring = RingBuffer(
+            dict.fromkeys(self.cache_names, self.n_input_features),
+            n_rows,
+            1,
+            n_rows=n_rows,
+            max_write=per_forward,
+            device=self._source.device,
+            dtype=self._source.dtype,
+            seed=self.seed + self._n_generated,
+        )
+        harvester = Harvester(self._source, stream, ring, self.source_data_batch_size)
+        ring.fill(harvester.forward)
+        if ring.n_written == 0:
+            raise DataError("the dataset has ended")
+        self._n_generated += 1
+        ring.begin()
+        return ActivationStore(ring, self.cache_names)
+
+    def _opened(self, n_validation: int) -> Tokens:
+        if self._tokens is None:
+            self._tokens = self.source_dataset.open(
+                n_validation=n_validation, seed=self.seed, d_vocab=self._source.d_vocab
+            )
+            if self._resume_at is not None:
+                self._tokens.train.load_state_dict(self._resume_at)
+        return self._tokens
+
+    def _held_out(self, n: int) -> TokenBatch:
+        """Contexts with at least n positions that count, from the first ones that are held out; all where these are fewer."""
+        held_out = self._opened(max(n, 1)).validation
+        counted = held_out.keep.sum(1).cumsum(0)
+        n_contexts = int((counted < n).sum()) + 1
+        if n_contexts > len(held_out):
+            warnings.warn(
+                f"validating on the {int(counted[-1])} activations that are held out, fewer than {n}: the first use of the dataset says how many",
+                stacklevel=3,
+            )
+        return held_out[:n_contexts]
+
+    def _pairs(self) -> list[tuple[str, Any]]:
+        return list(zip(self.cache_names, self.autoencoder.components, strict=True))
+
+    def _fired(self) -> Int[Tensor, "components d_sae"]:
+        return torch.stack([step.times_fired for step in self.steps.values()]).cpu()
+
+    def _crossed(self, n: int, every: int | None) -> bool:
+        now = self.total_activations_trained_on
+        return every is not None and now // every > (now - n) // every
+
+    def _stage(self, stage: str) -> None:
+        if self.progress_bar is not None:
+            self.progress_bar.set_postfix(stage=stage)
+
+    def _report(self) -> None:
+        """Figures since the last report, to wandb and the progress bar, under that library's keys and in its scale."""
+        rows = {}
+        for name, step in zip(self.component_names, self.steps.values(), strict=True):
+            figures = step.read()
+            if figures["first_bad_step"] >= 0:
+                raise RunError(
+                    f"the loss of {name} became NaN or infinite at step {figures['first_bad_step']:.0f}"
+                )
+            dead = [value for key, value in figures.items() if key.startswith("dead_fraction_")]
+            rows[name] = {
+                "loss/total": figures["loss"] / self.n_input_features,
+                "loss/l1_learned_activations": figures["l1"],
+                "loss/l2_reconstruction": figures["mse"] / self.n_input_features,
+                "train/l0_norm": figures["l0"],
+                "train/neuron_activity": dead[0] * self.n_learned_features,
+                **({"resample/dead_neurons": figures["resampled_latents"]} if step.resampler else {}),
+            }
+        _log(_with_means(rows))
+
+    def _check_shape(self) -> None:
+        config = self.autoencoder.config
+        own = {
+            "n_input_features": config.n_input_features,
+            "n_learned_features": config.n_learned_features,
+        }
+        for field, value in own.items():
+            if getattr(self, field) != value:
+                raise ConfigError(f"{field} = {getattr(self, field)}, but the autoencoder's is {value}")
+        n = config.n_components or 1
+        if len(self.cache_names) != n:
+            raise ConfigError(
+                f"cache_names are {len(self.cache_names)} ({', '.join(self.cache_names)}), but the autoencoder has {n} components"
+            )
+        for field in ("log_frequency", "source_data_batch_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} = {getattr(self, field)}; at least 1")
+
+    def _checked_layer(self, layer: int | None) -> int:
+        deepest = max((h.layer for h in self._source.hooks if h.layer is not None), default=0)
+        if layer is not None and layer < deepest:
+            raise ConfigError(
+                f"layer = {layer}, but {', '.join(self.cache_names)} reach layer {deepest}; say layer = {deepest}, or None"
+            )
+        return deepest if layer is None else layer
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="activations trained on", unit=" activations", unit_scale=True)
+
+
+def _with_means(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{component: {figure: value}} as {"<figure>/<component>": value}, and "<figure>/mean"."""
+    flat = {f"{figure}/{name}": value for name, row in rows.items() for figure, value in row.items()}
+    for figure in next(iter(rows.values())):
+        flat[f"{figure}/mean"] = sum(row[figure] for row in rows.values()) / len(rows)
+    return flat
+
+
+def _validation_row(found: dict[str, Validation]) -> dict[str, float]:
+    losses = "validation/source_model_losses"
+    row: dict[str, float | None] = {}
+    for name, v in found.items():
+        row |= {
+            f"{losses}/{name}": v.ce_clean,
+            f"{losses}_with_reconstruction/{name}": v.ce_spliced,
+            f"{losses}_with_zero_ablation/{name}": v.ce_zero,
+            f"validation/reconstruction_score/{name}": v.reconstruction_score,
+        }
+    scores = [v.reconstruction_score for v in found.values() if v.reconstruction_score is not None]
+    if scores:
+        row["validation/reconstruction_score/mean"] = sum(scores) / len(scores)
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _wandb_run() -> Any:
+    """The active run of wandb, where it was imported and has one."""
+    import sys
+
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+def _log(row: dict[str, float]) -> None:
+    run = _wandb_run()
+    if run is not None:
+        run.log(row)
+
+
+def _upload(folder: Path) -> None:
+    run = _wandb_run()
+    if run is None:
+        return
+    with suppress(Exception):
+        import wandb
+
+        artifact = wandb.Artifact(folder.name, type="model")
+        artifact.add_dir(str(folder))
+        run.log_artifact(artifact)

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastsae.errors import RunError, reason
+from fastsae.files import save_tensors
 from fastsae.sae import CONFIG_FILE as SAE_CONFIG_FILE
 from fastsae.sae import SAE
 from fastsae.step import TrainStep
@@ -83,9 +84,9 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         write_steps(aside, steps, {"n_tokens": n_tokens, **state})
         (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
-        save_file(dict(forwards), aside / FORWARDS_FILE)
+        save_tensors(forwards, aside / FORWARDS_FILE)
         if ring is not None:
-            save_file({name: rows.contiguous() for name, rows in ring.items()}, aside / RING_FILE)
+            save_tensors({name: rows.contiguous() for name, rows in ring.items()}, aside / RING_FILE)
         _to_disk(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
@@ -105,7 +106,7 @@ def write_steps(folder: Path, steps: Mapping[str, TrainStep], state: Mapping[str
             step.sae.save(folder / SAES / name)
         exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
         tensors = {k: v.contiguous() for k, v in step.state_dict().items()}
-        save_file({**tensors, **exact}, folder / SAES / name / STEP_FILE)
+        save_tensors({**tensors, **exact}, folder / SAES / name / STEP_FILE)
     (folder / RUN_FILE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
 
 

@@ -224,7 +224,11 @@ def harvest(
         done = run(resolved, out, advance=sink.advance)
     finally:
         sink.close()
-    left = f"; interrupted, the same command goes on to {resolved.n_tokens:,}" if done.interrupted else ""
+    left = (
+        f"; interrupted: the same command goes on to {resolved.n_tokens:,}, and begins the shard that had begun again"
+        if done.interrupted
+        else ""
+    )
     console.print(
         f"{done.n_rows:,} activations per hook point in {done.folder}, {text(done.n_bytes)} to write{left}",
         highlight=False,

@@ -86,7 +86,7 @@ def prepare(
 
     checkpoint: of the run that the config is of, to go on from. Raises a FastSAEError, in one line, for all that a user can mend.
     """
-    device = pick_device(config.device)
+    device, asked = pick_device(config.device), config
     config = config.model_copy(
         update={
             "device": str(device),
@@ -113,7 +113,7 @@ def prepare(
         shards = Shards(config.data.activations)
         if checkpoint is not None:
             check_activations(checkpoint, shards)
-        config = _as_harvested(config, shards)
+        config = _as_harvested(config, asked, shards)
         widths = {hook: shards.widths[hook] for hook in config.model.hook}
         ring_dtype, facts = shards.dtype, SourceFacts(**shards.manifest["facts"])
         max_write = piece_size(config)
@@ -214,8 +214,8 @@ def piece_size(config: RunConfig) -> int:
     return min(PIECE, max(config.ring.capacity // 4, 1))
 
 
-def _as_harvested(config: RunConfig, shards: Shards) -> RunConfig:
-    """The config with the model and the text that the activations were made of."""
+def _as_harvested(config: RunConfig, asked: RunConfig, shards: Shards) -> RunConfig:
+    """The config with the model and the text that the activations were made of; ConfigError where the user asked for others."""
     made = shards.manifest
     hooks = config.model.hook or tuple(shards.widths)
     for hook in hooks:
@@ -223,6 +223,15 @@ def _as_harvested(config: RunConfig, shards: Shards) -> RunConfig:
             raise ConfigError(
                 f"model.hook: {config.data.activations} has no {hook}; it has {', '.join(shards.widths)}"
             )
+    free = {"hook", "activations", "on_exhausted"}
+    for section in ("model", "data"):
+        said = getattr(config, section).model_dump(mode="json", exclude_none=True)
+        for field in getattr(asked, section).model_fields_set & said.keys() - free:
+            if said[field] != made[section].get(field):
+                raise ConfigError(
+                    f"{section}.{field} = {said[field]}, but {config.data.activations} was made with "
+                    f"{made[section].get(field)}; drop it"
+                )
     model = ModelConfig(**{**made["model"], "hook": hooks})
     data = DataConfig(
         **{**made["data"], "activations": config.data.activations, "on_exhausted": config.data.on_exhausted}

@@ -136,8 +136,10 @@ def summary(result: Result, device: torch.device) -> dict[str, Any]:
 
 
 def closing_table(metrics: Metrics) -> Table:
-    """Per SAE its figures on the held-out tokens, and under it the baselines at the same l0."""
-    table = Table(title="on held-out tokens", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    """Per SAE its figures on the held-out tokens, and under it the baselines at the same l0; those of the last steps where nothing was validated."""
+    validated = any("n_validation_tokens" in row for row in metrics.values())
+    title = "on held-out tokens" if validated else "of the last training steps, not validated"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", overflow="fold")
     for name in ("score", "fvu", "l0", "silent", "CE", "CE clean", "CE zero"):
         table.add_column(name, justify="right", no_wrap=True)

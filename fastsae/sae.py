@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastsae import __version__
 from fastsae.activations import Codes, activate, has_sparse_ops, jumprelu, to_codes
 from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, RunError, reason
+from fastsae.files import save_tensors
 from fastsae.seeds import generator
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class SAE(nn.Module):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-            save_file(self.folded(), f"{weights}.part")
+            save_tensors(self.folded(), f"{weights}.part")
             os.replace(f"{weights}.part", weights)
             Path(f"{config}.part").write_text(
                 json.dumps(self._saelens_config(), indent=1) + "\n", encoding="utf-8"

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.errors import ConfigError, DataError, RunError, reason
+from fastsae.files import save_tensors
 from fastsae.memory import text
 
 MANIFEST, VERSION = "manifest.json", 2
@@ -243,7 +243,7 @@ class Writer:
         crcs = {name: checksums(rows) for name, rows in tensors.items()}
         shard = Shard(len(tensors[TOKENS]), crcs, dict(before))
         try:
-            save_file(dict(tensors), aside)
+            save_tensors(tensors, aside)
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(aside, path)

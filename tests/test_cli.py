@@ -144,6 +144,13 @@ def test_the_closing_table_names_the_baselines(run):
         assert word in out
 
 
+def test_the_closing_table_says_what_its_figures_are_of():
+    from fastsae.report import closing_table
+
+    assert "not validated" in str(closing_table({"h": {"fvu": 0.5, "l0": 3.0}}).title)
+    assert "held-out" in str(closing_table({"h": {"fvu": 0.5, "n_validation_tokens": 100}}).title)
+
+
 def test_dry_run_checks_prints_and_writes_nothing(run, tmp_path):
     code, out, err = run("--dry-run")
     assert code == 0, err

@@ -44,7 +44,7 @@ def test_every_public_name_is_there():
 
 
 LAYERS = [
-    {"errors", "seeds", "metrics", "explain", "cache", "timeline", "interrupt", "lanes"},
+    {"errors", "seeds", "metrics", "explain", "cache", "timeline", "interrupt", "lanes", "files"},
     {"config"},
     {"configfile"},
     {"activations", "ring", "optim", "demo"},

@@ -269,3 +269,14 @@ def test_files_are_contiguous_and_plain(tmp_path):
         "b_dec": (12,),
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE], "nothing is left aside"
+
+
+def test_files_have_the_modes_that_the_umask_says(tmp_path):
+    import os
+
+    before = os.umask(0o022)
+    try:
+        SAE(SAEConfig(4, 8)).save(tmp_path / "sae")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "sae").iterdir()} == {"0o644"}

@@ -149,7 +149,7 @@ def test_a_run_from_disk(folder, config, monkeypatch):
     fields = {
         "n_tokens": 1900,
         "data": {"activations": str(folder)},
-        "model": {"name": "demo", "hook": [HOOK]},
+        "model": {"hook": [HOOK]},
     }
     result = fastsae.train(config(**fields))
     again = fastsae.train(config(**fields, name="again"))
@@ -219,6 +219,10 @@ def test_what_is_wrong_with_a_folder(folder, config, tmp_path):
         fastsae.train(config(data={"activations": str(tmp_path)}))
     with pytest.raises(ConfigError, match=r"has no blocks\.9.*it has blocks\.0"):
         fastsae.train(config(data={"activations": str(folder)}, model={"hook": ["blocks.9.hook_mlp_out"]}))
+    for fields in ({"data": {"context_size": 32}}, {"model": {"name": "gpt2"}}):
+        fields = {**fields, "data": {"activations": str(folder), **fields.get("data", {})}}
+        with pytest.raises(ConfigError, match=r"= (32|gpt2), but .* was made with .*; drop it"):
+            fastsae.train(config(**fields))
     (folder / "0000002.safetensors").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"0000002.*missing or damaged"):
         fastsae.train(config(n_tokens=2000, data={"activations": str(folder)}))

@@ -116,7 +116,7 @@ def test_hooks_are_gone_when_training_raises(config, bridge):
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_last_one(config, monkeypatch):
-    real, calls = checkpoint.save_file, []
+    real, calls = checkpoint.save_tensors, []
 
     def failing(*args):
         calls.append(args)
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_last_one(config, monkeypatc
             raise OSError(28, "No space left on device")
         real(*args)
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(checkpoint, "save_tensors", failing)
     with pytest.raises(fastsae.RunError, match="No space left on device"):
         fastsae.train(config(name="full", save={"checkpoint_every": 1000}))
     run_dir = config().runs_dir / "full"

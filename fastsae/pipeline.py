@@ -37,7 +37,7 @@ __all__ = ["ActivationStore", "Pipeline"]
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path(tempfile.gettempdir()) / "sparse_autoencoder"
-HELD_OUT = 8192  # activations to validate on, where nobody has said how many before the first are needed
+HELD_OUT = 1024  # activations to validate on, where nobody has said how many before the first are needed
 
 
 class ActivationStore:
@@ -146,6 +146,7 @@ class Pipeline:
         }
         self._tokens: Tokens | None = None
         self._n_generated = 0
+        self._n_held_out: int | None = None
         self._resume_at: dict[str, Any] | None = None
 
     @property
@@ -203,6 +204,7 @@ class Pipeline:
         state = {
             "total_activations_trained_on": self.total_activations_trained_on,
             "n_generated": self._n_generated,
+            "n_held_out": self._n_held_out,
             "tokens": None if self._tokens is None else self._tokens.train.state_dict(),
         }
         try:
@@ -218,10 +220,14 @@ class Pipeline:
         return folder
 
     def load_checkpoint(self, folder: Path | str) -> None:
-        """Go on from a checkpoint of a pipeline that was made with the same arguments: weights, optimizer, counter, and the next tokens."""
+        """Go on from a checkpoint of a pipeline that was made with the same arguments: weights, optimizer, counter, and the next tokens, behind
+        those of the store that was under way. Where this is between two stores, to the bit.
+
+        Raises RunError for a folder that holds no such checkpoint, DataError where the dataset is another one.
+        """
         state = read_steps(Path(folder), self.steps)
         self.total_activations_trained_on = state["total_activations_trained_on"]
-        self._n_generated = state["n_generated"]
+        self._n_generated, self._n_held_out = state["n_generated"], state["n_held_out"]
         self._resume_at = state["tokens"]
         if self._tokens is not None and self._resume_at is not None:
             self._tokens.train.load_state_dict(self._resume_at)
@@ -247,8 +253,7 @@ class Pipeline:
                 f"max_store_size = {max_store_size} holds not one forward: source_data_batch_size x context_size = "
                 f"{self.source_data_batch_size} x {self.source_dataset.context_size} = {per_forward}"
             )
-        if validate_frequency is not None:
-            self._held_out(validation_n_activations)
+        self._opened(max(validation_n_activations, 1))
         goal = self.total_activations_trained_on + max_activations
         with interruptible() as stop, _progress_bar(max_activations) as self.progress_bar:
             while self.total_activations_trained_on < goal and not stop.is_set():
@@ -309,8 +314,9 @@ class Pipeline:
 
     def _opened(self, n_validation: int) -> Tokens:
         if self._tokens is None:
+            self._n_held_out = self._n_held_out or n_validation
             self._tokens = self.source_dataset.open(
-                n_validation=n_validation, seed=self.seed, d_vocab=self._source.d_vocab
+                n_validation=self._n_held_out, seed=self.seed, d_vocab=self._source.d_vocab
             )
             if self._resume_at is not None:
                 self._tokens.train.load_state_dict(self._resume_at)

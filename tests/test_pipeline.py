@@ -421,6 +421,8 @@ def test_393_frequencies_fire_at_their_multiples(made, monkeypatch):
 def test_334_a_run_that_is_stopped_goes_on_from_its_checkpoint(made, tmp_path, monkeypatch):
     """At the border of a store to the same weights; Ctrl-C in between ends with a checkpoint, and never with half of one."""
     whole, first, again = made(), made(), made()
+    for pipeline in (whole, first):
+        pipeline.validate_sae(100)  # so much is held out, also from what goes on without a validation
     whole.run_pipeline(**RUN, max_activations=1280)
     first.run_pipeline(**RUN, max_activations=640)
     again.load_checkpoint(tmp_path / "test_final")

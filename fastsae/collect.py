@@ -61,7 +61,8 @@ def harvest(
             shard = writer.manifest["shards"][index]
             collector.go_to(shard["before"])
             if not _write_one(writer, collector, index, shard["n_rows"]):
-                break
+                return Harvested(folder, writer.n_rows - missing, n_bytes, stop.is_set())
+            missing -= shard["n_rows"]
         if writer.next is not None:
             collector.go_to(writer.next)
         while writer.n_rows < config.n_tokens and not stop.is_set():

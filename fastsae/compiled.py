@@ -30,8 +30,8 @@ def compile_where_it_pays(
     if wanted is True:
         if not source.compile(shape):
             raise SourceError(
-                "model.compile = true, but the forward goes through TransformerLens' own modules, or torch.compile fails on the model's; "
-                'use "auto" or false'
+                "model.compile = true, but the forward goes through TransformerLens' own modules, there is no compiler, or torch.compile "
+                "fails on the model's; use false, with which the last bits differ"
             )
         return True
     if wanted is False or not source.is_short:

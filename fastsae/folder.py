@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsae.checkpoint import CONFIG_FILE, SAES
+from fastsae.checkpoint import CONFIG_FILE, SAES, checkpoints
 from fastsae.configfile import to_toml
 from fastsae.errors import RunError, reason
 from fastsae.log import JsonlSink, Sink, Sinks, WandbSink
@@ -34,6 +34,8 @@ def outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
             raise RunError(f"cannot write the run folder {run_dir}: {reason(error)}") from None
     with _locked(run_dir):
         if job.checkpoint is not None:
+            if checkpoints(run_dir)[-1:] != [job.checkpoint.folder]:
+                raise RunError(f"another process went on with {run_dir} meanwhile; resume it again")
             _cut_off(run_dir / METRICS_FILE, job.checkpoint.state["metrics_bytes"])
             # of where it was stopped: not what the run ends with
             shutil.rmtree(run_dir / SAES, ignore_errors=True)
@@ -41,7 +43,7 @@ def outputs(job: Job, sinks: Sequence[Sink]) -> Iterator[Sink]:
             own = _own_sinks(job)
         except BaseException:
             if job.checkpoint is None:
-                shutil.rmtree(first)
+                _remove(run_dir, first)
             raise
         with Sinks([*own, *sinks]) as sink:
             yield sink
@@ -58,6 +60,18 @@ def last_figures(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _remove(run_dir: Path, first: Path) -> None:
+    """A run folder that was just made, and the folders above it down from `first` that hold nothing else."""
+    shutil.rmtree(run_dir)
+    for parent in run_dir.parents:
+        if parent == first.parent:
+            return
+        try:
+            parent.rmdir()
+        except OSError:  # another run's
+            return
+
+
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """No other process is in such a block for this folder, where the system has file locks."""
@@ -66,18 +80,18 @@ def _locked(run_dir: Path) -> Iterator[None]:
     except ModuleNotFoundError:  # Windows
         yield
         return
-    with (run_dir / LOCK_FILE).open("w") as file:
+    try:
+        file = (run_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise RunError(f"cannot write {run_dir / LOCK_FILE}: {reason(error)}") from None
+    with file:  # which stays: another process may have it open, to wait for its turn
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process trains in {run_dir}") from None
         except OSError:  # a file system without them
             pass
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                (run_dir / LOCK_FILE).unlink()
+        yield
 
 
 def _cut_off(path: Path, n_bytes: int) -> None:

@@ -14,8 +14,8 @@ from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, RunError
 from fastsae.shards import Shards
 
-FREE = ("name", "runs_dir", "device", "save", "log")
-"""Fields and sections that another part of the run may have otherwise."""
+FREE = ("name", "runs_dir", "device", "save", "log", "model.compile")
+"""Sections, and fields, that another part of the run may have otherwise; of model.compile alone the last bits depend on it."""
 MARKED = 16  # numbers at each end of a parameter
 
 
@@ -42,7 +42,7 @@ def config_of(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> RunC
     config = load_config(run_dir / CONFIG_FILE, overrides)
     before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     for field in sorted(before.keys() | now.keys()):
-        if field.split(".")[0] not in FREE and before.get(field) != now.get(field):
+        if not {field, field.split(".")[0]} & set(FREE) and before.get(field) != now.get(field):
             raise ConfigError(
                 f"{field} = {now.get(field)}, but the run began with {before.get(field)}; a run goes on as it began"
             )

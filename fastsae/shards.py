@@ -40,6 +40,19 @@ DTYPES = {
 }
 
 
+BROKEN = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+)
+"""What a damaged file may raise on the way."""
+
+
 class Shard(NamedTuple):
     """One file."""
 
@@ -106,7 +119,7 @@ class Shards:
         try:
             with path.open("rb", buffering=0) as file:
                 return {name: self._rows(file, piece, name, pin) for name in names}
-        except (OSError, ValueError, KeyError):
+        except BROKEN:
             raise DataError(
                 f"{path} is missing or damaged; fastsae harvest with the same flags makes it again"
             ) from None
@@ -118,14 +131,22 @@ class Shards:
                 whole = Piece(index, 0, self.shards[index].n_rows)
                 for name in self.shards[index].crc32:
                     self._rows(file, whole, name, pin=False, again=True)
-        except (OSError, ValueError, KeyError):
+        except BROKEN:
             return False
         return True
+
+    def _check_layout(self, shard: int, name: str) -> None:
+        """Against the manifest: a header has no checksum."""
+        layout, n = self._layouts[shard][name], self.shards[shard].n_rows
+        wanted = (torch.int32, (n,)) if name in COLUMNS else (self.dtype, (n, self.widths[name]))
+        if (layout.dtype, layout.shape) != wanted:
+            raise ValueError(f"{name} is {layout.dtype} {layout.shape}, not {wanted[0]} {wanted[1]}")
 
     def _rows(self, file: FileIO, piece: Piece, name: str, pin: bool, *, again: bool = False) -> Tensor:
         """Whole blocks where some of them are not checked yet, or are to be checked again."""
         if again or piece.shard not in self._layouts:
             self._layouts[piece.shard] = layouts(file)
+        self._check_layout(piece.shard, name)
         layout, crcs = self._layouts[piece.shard][name], self.shards[piece.shard].crc32[name]
         blocks = range(piece.start // PIECE, -(-piece.stop // PIECE))
         new = [block for block in blocks if again or (piece.shard, name, block) not in self._checked]
@@ -139,9 +160,11 @@ class Shards:
         done = 0
         while done < len(memory) and (n := file.readinto(memory[done:])):
             done += n
+        if done < len(memory):
+            raise ValueError("it is shorter than what was written")
         for block in new:
             own = memory[block * PIECE * row_bytes - start * row_bytes :][: PIECE * row_bytes]
-            if done < len(memory) or zlib.crc32(own) != crcs[block]:
+            if zlib.crc32(own) != crcs[block]:
                 raise ValueError(f"rows {block * PIECE} and on are not those that were written")
             self._checked.add((piece.shard, name, block))
         rows = found[(piece.start - start) * row_bytes :][: (piece.stop - piece.start) * row_bytes]
@@ -251,7 +274,10 @@ class Writer:
             if index == len(self.manifest["shards"]) - 1:
                 self.manifest["next"] = dict(after)
             listed = self.folder / f".{MANIFEST}.part"
-            listed.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+            with listed.open("w", encoding="utf-8") as manifest:
+                manifest.write(json.dumps(self.manifest, indent=1) + "\n")
+                manifest.flush()
+                os.fsync(manifest.fileno())
             os.replace(listed, self.folder / MANIFEST)
         except (OSError, SafetensorError) as error:
             aside.unlink(missing_ok=True)

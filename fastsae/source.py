@@ -140,12 +140,13 @@ class Source:
         """
         if self._bare is None:
             return False
-        compiled = Bare(self.model)
-        compiled.compile_blocks(hook.resolved for hook in self.hooks)
         tokens = torch.arange(shape[0] * shape[1]).view(shape) % self.d_vocab
-        plain = self._seen(tokens)
-        self._compiled = shape, compiled
         try:
+            with self.uncompiled():
+                plain = self._seen(tokens)
+            compiled = Bare(self.model)
+            compiled.compile_blocks(hook.resolved for hook in self.hooks)
+            self._compiled = shape, compiled
             found = self._seen(tokens)
             agrees = all(agree(plain[name], found[name]) for name in plain)
         except FAILURES:

@@ -81,6 +81,16 @@ def test_by_the_real_compiler(tmp_path):
     assert any(not torch.equal(found[name], acts) for name, acts in plain.items()), "it rounds otherwise"
 
 
+def test_massive_activations_hide_no_difference():
+    """Those of a few features, a hundred times as large as all others."""
+    a = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    a[..., 3] = 300.0
+    rounded = (a.float() * (1 + 0.004 * torch.randn(a.shape))).bfloat16()
+    other = torch.randn(a.shape).bfloat16()
+    other[..., 3] = 300.0
+    assert bare.agree(a, rounded) and not bare.agree(a, other) and not bare.agree(a, a + 300)
+
+
 def test_what_differs_or_fails_is_not_taken(tmp_path, monkeypatch):
     source = loaded(tmp_path)
     monkeypatch.setattr(bare.torch, "compile", lambda f, **_: lambda *a, **k: 1.01 * f(*a, **k))
@@ -92,6 +102,8 @@ def test_what_differs_or_fails_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(bare.torch, "compile", lambda f, **_: fails)
     assert not source.compile((2, 16))
     assert seen_by(source, random_tokens(2, 16))
+    monkeypatch.setattr(bare.torch, "compile", fails)  # as where there is none for this Python
+    assert not source.compile((2, 16))
     with pytest.raises(SourceError, match=r"model.compile = true"):
         compiled.compile_where_it_pays(source, True, (2, 16), 1)
 
@@ -129,6 +141,9 @@ def test_a_run_says_what_it_did_and_its_resume_obeys(config, traced, monkeypatch
     monkeypatch.setattr(compiled, "_seconds", lambda run: pytest.fail("nothing is timed again"))
     again = fastsae.resume(cut.run_dir)
     assert traced and same(weights(again), weights(whole))
+    other = fastsae.train(config(name="other", **shape), sinks=[StopAt(4000)])
+    traced.clear()
+    assert fastsae.resume(other.run_dir, {"model": {"compile": False}}).n_tokens == 9000 and not traced
 
 
 def test_activations_on_disk_go_on_as_they_began(config, traced, tmp_path, monkeypatch):

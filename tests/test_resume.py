@@ -15,6 +15,8 @@ from fastsae.checkpoint import checkpoints
 from fastsae.errors import ConfigError, DataError, RunError
 from fastsae.folder import _locked
 from fastsae.log import Sink
+from fastsae.prepare import prepare
+from fastsae.resume import config_of, newest
 from tests.worlds import HOOK
 
 N_TOKENS = 9000  # 71 steps of 128, the last one short; 12 fills of the ring
@@ -163,7 +165,20 @@ def test_two_processes_do_not_go_on_with_one_run(stopped):
     with _locked(stopped), pytest.raises(RunError, match="another process trains in"):
         fastsae.resume(stopped)
     assert (stopped / "metrics.jsonl").read_bytes() == before
-    assert fastsae.resume(stopped).n_tokens == N_TOKENS and not (stopped / ".lock").exists()
+    assert fastsae.resume(stopped).n_tokens == N_TOKENS
+
+
+run = sys.modules["fastsae.train"].run  # fastsae.train is the function
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_left_alone(stopped):
+    """Between the look at its checkpoint and the lock."""
+    job = prepare(config_of(stopped), checkpoint=newest(stopped))
+    fastsae.resume(stopped)
+    before = (stopped / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match="another process went on with"):
+        run(job)
+    assert (stopped / "metrics.jsonl").read_bytes() == before and (stopped / "saes").is_dir()
 
 
 @pytest.mark.parametrize("switch", ["kept", "dropped", "added"])

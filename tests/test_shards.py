@@ -1,6 +1,8 @@
 """Activations on disk: what is written is what the hooks saw, and a run from disk is a run."""
 
 import json
+import os
+import signal
 import sys
 from collections import Counter
 
@@ -80,9 +82,6 @@ def test_an_interrupted_harvest_continues(folder, config, tmp_path, small_shards
 
 
 def test_ctrl_c_leaves_whole_shards(config, tmp_path, small_shards, folder):
-    import os
-    import signal
-
     told = []
 
     def advance(n):
@@ -212,6 +211,49 @@ def test_rows_are_read_from_anywhere_and_each_block_is_checked_alone(dtype, size
     assert torch.equal(store.read(shards.Piece(0, 192, 300), ["h"])["h"], acts[192:])
     with pytest.raises(DataError, match="missing or damaged"):
         store.read(shards.Piece(0, 150, 151), ["h"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "header length", "header text", "dtype"])
+def test_a_file_that_is_damaged_after_its_first_check_is_found(damage, tmp_path):
+    acts = torch.randn(300, 5)
+    columns = {name: torch.arange(300, dtype=torch.int32) + i for i, name in enumerate(shards.COLUMNS)}
+    writer = shards.Writer(tmp_path, {"widths": {"h": 5}, "dtype": "float32", "facts": {}})
+    writer.write(0, {"h": acts, **columns}, {}, {})
+    store, (path,) = Shards(tmp_path), tmp_path.glob("*.safetensors")
+    store.read(shards.Piece(0, 0, 300), ["h"])
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": data[:-5000],
+            "header length": b"\xff" * 8 + data[8:],
+            "header text": data.replace(b'"h":{', b'"h":[', 1),
+            "dtype": data.replace(b'"F32"', b'"I32"', 1),
+        }[damage]
+    )
+    if damage == "cut":
+        with pytest.raises(DataError, match="missing or damaged"):
+            store.read(shards.Piece(0, 0, 300), ["h", *shards.COLUMNS])
+    fresh = Shards(tmp_path)
+    assert not fresh.is_whole(0)
+    with pytest.raises(DataError, match="missing or damaged"):
+        fresh.read(shards.Piece(0, 0, 10), ["h", *shards.COLUMNS])
+
+
+def test_ctrl_c_while_shards_are_made_again_is_said(folder, config):
+    lost = sorted(folder.glob("*.safetensors"))[1:4]
+    for path in lost:
+        path.unlink()
+    told = []
+
+    def advance(n):
+        told.append(n)
+        if len(told) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    cfg = config(n_tokens=2000, model={"hook": HOOKS})
+    done = harvest(cfg, folder, advance=advance)
+    assert done.interrupted and done.n_rows < 2000 and not lost[-1].exists()
+    assert not harvest(cfg, folder).interrupted and all(path.exists() for path in lost)
 
 
 def test_what_is_wrong_with_a_folder(folder, config, tmp_path):

@@ -316,6 +316,20 @@ def test_what_is_wrong_with_the_config_is_said_before_a_model_is_loaded(config, 
         prepare(config(model=nowhere, log={"wandb": "project"}))
 
 
+def test_a_run_that_cannot_begin_takes_no_other_with_it(config, tmp_path, monkeypatch):
+    """In a new folder of runs, in which another has begun meanwhile."""
+    runs, folder = tmp_path / "new" / "runs", sys.modules["fastsae.folder"]
+
+    def fails(job):
+        (runs / "other").mkdir()
+        raise fastsae.RunError("no sink")
+
+    monkeypatch.setattr(folder, "_own_sinks", fails)
+    with pytest.raises(fastsae.RunError, match="no sink"):
+        fastsae.train(config(runs_dir=str(runs)))
+    assert [path.name for path in runs.iterdir()] == ["other"]
+
+
 def test_paths_in_a_run_do_not_go_by_the_working_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = prepare(config(data={"cache_dir": "cache"}))

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsae.autoencoder import LitSparseAutoencoder, SparseAutoencoder
 from fastsae.checkpoint import read_steps, write_steps
 from fastsae.config import ModelConfig
-from fastsae.errors import ConfigError, DataError, RunError
+from fastsae.errors import ConfigError, DataError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.interrupt import interruptible
@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path(tempfile.gettempdir()) / "sparse_autoencoder"
 HELD_OUT = 1024  # activations to validate on, where nobody has said how many before the first are needed
+
+
+class _Ended(DataError):
+    """The dataset has no activation more."""
 
 
 class ActivationStore:
@@ -62,6 +66,7 @@ class ActivationStore:
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """By hook point, until nothing is left; the last may be short. A batch is valid until the next one is asked for."""
+        _check_positive(train_batch_size=batch_size)
         self.ring.resize_batch(batch_size)
         return self.ring.batches(lambda: False)
 
@@ -165,8 +170,9 @@ class Pipeline:
 
         Raises ConfigError unless store_size is a multiple of what a forward brings, DataError where the dataset has ended.
         """
+        _check_positive(store_size=store_size)
         per_forward = self.source_data_batch_size * self.source_dataset.context_size
-        if store_size < 1 or store_size % per_forward:
+        if store_size % per_forward:
             nearest = max(round(store_size / per_forward), 1) * per_forward
             raise ConfigError(
                 f"store_size = {store_size} is no multiple of source_data_batch_size x context_size = {self.source_data_batch_size} x "
@@ -185,7 +191,7 @@ class Pipeline:
 
     def validate_sae(self, validation_n_activations: int) -> dict[str, Validation]:
         """Figures per component on at least so many held-out activations (whole contexts), the same ones at every call; logged to wandb
-        where a run of it is active."""
+        where a run of it is active. What is held out is said by the first use of the dataset; beyond that there is a warning."""
         found = evaluate(
             self._source,
             dict(zip(self.component_names, self._pairs(), strict=True)),
@@ -203,6 +209,7 @@ class Pipeline:
         aside = folder.with_name(f".{name}.part")
         state = {
             "total_activations_trained_on": self.total_activations_trained_on,
+            "cache_names": self.cache_names,
             "n_generated": self._n_generated,
             "n_held_out": self._n_held_out,
             "tokens": None if self._tokens is None else self._tokens.train.state_dict(),
@@ -226,6 +233,8 @@ class Pipeline:
         Raises RunError for a folder that holds no such checkpoint, DataError where the dataset is another one.
         """
         state = read_steps(Path(folder), self.steps)
+        if state.get("cache_names") != self.cache_names:
+            raise RunError(f"{folder} is of {state.get('cache_names')}, not of {self.cache_names}")
         self.total_activations_trained_on = state["total_activations_trained_on"]
         self._n_generated, self._n_held_out = state["n_generated"], state["n_held_out"]
         self._resume_at = state["tokens"]
@@ -246,6 +255,16 @@ class Pipeline:
         Validates and saves at every multiple of the frequencies, counted over the life of the object. Ctrl-C, or a dataset that ends, ends it
         with the final checkpoint. Called again, it goes on.
         """
+        counts = {"train_batch_size": train_batch_size, "max_store_size": max_store_size}
+        counts |= {"max_activations": max_activations, "validation_n_activations": validation_n_activations}
+        every = {"validate_frequency": validate_frequency, "checkpoint_frequency": checkpoint_frequency}
+        _check_positive(**counts, **{name: n for name, n in every.items() if n is not None})
+        try:
+            self.checkpoint_directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot write checkpoints into {self.checkpoint_directory}: {reason(error)}"
+            ) from None
         per_forward = self.source_data_batch_size * self.source_dataset.context_size
         store_size = max_store_size // per_forward * per_forward
         if store_size == 0:
@@ -260,7 +279,7 @@ class Pipeline:
                 self._stage("generate")
                 try:
                     store = self._generate(min(store_size, goal - self.total_activations_trained_on))
-                except DataError as error:
+                except _Ended as error:
                     warnings.warn(f"{error}; the run ends here", stacklevel=2)
                     break
                 self._stage("train")
@@ -307,7 +326,7 @@ class Pipeline:
         harvester = Harvester(self._source, stream, ring, self.source_data_batch_size)
         ring.fill(harvester.forward)
         if ring.n_written == 0:
-            raise DataError("the dataset has ended")
+            raise _Ended("the dataset has ended")
         self._n_generated += 1
         ring.begin()
         return ActivationStore(ring, self.cache_names)
@@ -382,9 +401,12 @@ class Pipeline:
             raise ConfigError(
                 f"cache_names are {len(self.cache_names)} ({', '.join(self.cache_names)}), but the autoencoder has {n} components"
             )
-        for field in ("log_frequency", "source_data_batch_size"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} = {getattr(self, field)}; at least 1")
+        names = self.component_names
+        if len(set(names)) != n or len(names) != n:
+            raise ConfigError(f"component_names must be {n}, each another: {', '.join(names)}")
+        if Path(self.run_name).name != self.run_name:
+            raise ConfigError(f"run_name = {self.run_name} must be the name of a folder")
+        _check_positive(log_frequency=self.log_frequency, source_data_batch_size=self.source_data_batch_size)
 
     def _checked_layer(self, layer: int | None) -> int:
         deepest = max((h.layer for h in self._source.hooks if h.layer is not None), default=0)
@@ -393,6 +415,12 @@ class Pipeline:
                 f"layer = {layer}, but {', '.join(self.cache_names)} reach layer {deepest}; say layer = {deepest}, or None"
             )
         return deepest if layer is None else layer
+
+
+def _check_positive(**numbers: Any) -> None:
+    for name, n in numbers.items():
+        if not isinstance(n, int) or n < 1:
+            raise ConfigError(f"{name} = {n}; must be an integer of at least 1")
 
 
 def _progress_bar(total: int) -> Any:

@@ -378,6 +378,34 @@ def test_127_arguments_that_do_not_fit_are_found_before_the_first_forward(fields
         made(**fields)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("train_batch_size", 0),
+        ("max_store_size", 2e3),
+        ("max_activations", -5),
+        ("validate_frequency", 0),
+        ("checkpoint_frequency", -1),
+    ],
+)
+def test_127_numbers_that_make_no_sense_are_refused(field, value, made):
+    with pytest.raises(ConfigError, match=f"{field} = .*must be an integer of at least 1"):
+        made().run_pipeline(**{**RUN, "max_activations": 100, field: value})
+
+
+def test_127_outputs_that_cannot_be_written_are_found_first(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    pipeline = made(checkpoint_directory=tmp_path / "file")
+    with pytest.raises(RunError, match="cannot write checkpoints into"):
+        pipeline.run_pipeline(**RUN, max_activations=100)
+    assert pipeline.total_activations_trained_on == 0
+    with pytest.raises(ConfigError, match="run_name = a/b"):
+        made(run_name="a/b")
+    folder = made().save_checkpoint()
+    with pytest.raises(RunError, match="is of"):
+        made(HOOKS[:1]).load_checkpoint(folder)
+
+
 def test_127_a_layer_that_is_not_given_is_found(made):
     assert made(layer=None).layer == 1 and made(layer=5).layer == 5
 

@@ -13,7 +13,8 @@ exact parameters, whose biases the scale is not folded into. `run.json` says whe
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,8 @@ def save_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
 
 def save_final(run_dir: Path, saes: Mapping[str, SAE]) -> None:
     """The SAEs of a run at its end, in `saes`: all of them or none."""
-    aside = run_dir / f".{SAES}.part"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    with appearing(run_dir / SAES) as aside:
         save_saes(aside, saes)
-        _to_disk(aside)
-        os.replace(aside, run_dir / SAES)
-    except OSError as error:
-        raise RunError(f"cannot write {run_dir / SAES}: {reason(error)}") from None
 
 
 def save_checkpoint(
@@ -78,25 +73,35 @@ def save_checkpoint(
 
     It appears under its name only when it is complete. Raises RunError where it cannot be written.
     """
-    root = run_dir / CHECKPOINTS
-    final, aside = root / f"{n_tokens:012d}", root / f".{n_tokens:012d}.part"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    final = run_dir / CHECKPOINTS / f"{n_tokens:012d}"
+    with appearing(final, "the checkpoint ") as aside:
         write_steps(aside, steps, {"n_tokens": n_tokens, **state})
         (aside / CONFIG_FILE).write_text(config_toml, encoding="utf-8")
         save_tensors(forwards, aside / FORWARDS_FILE)
         if ring is not None:
             save_tensors({name: rows.contiguous() for name, rows in ring.items()}, aside / RING_FILE)
+    if keep is not None:
+        for old in checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def appearing(final: Path, what: str = "") -> Iterator[Path]:
+    """A folder to write into, which is on the disk and takes the place of `final` when the block ends; nothing is left of it where it fails.
+
+    Raises RunError, with `what` before the name, where it cannot be written.
+    """
+    aside = final.with_name(f".{final.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        yield aside
         _to_disk(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
     except (OSError, SafetensorError, RunError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"cannot write the checkpoint {final}: {reason(error)}") from None
-    if keep is not None:
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+        raise RunError(f"cannot write {what}{final}: {reason(error)}") from None
 
 
 def write_steps(folder: Path, steps: Mapping[str, TrainStep], state: Mapping[str, Any]) -> None:
@@ -114,19 +119,22 @@ def read_steps(folder: Path, steps: Mapping[str, TrainStep]) -> dict[str, Any]:
     """Bring SAEs and steps to where `write_steps` found them, to the bit; returns its state. Raises RunError where they are not in it, or of
     another shape."""
     for name, step in steps.items():
-        path = folder / SAES / name / STEP_FILE
-        try:
-            state = load_file(path)
-            own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
-            step.sae.load_state_dict(own)
-            step.load_state_dict(state)
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise RunError(f"cannot go on from {path}: {reason(error)}") from None
+        _restore(folder / SAES / name / STEP_FILE, step)
     try:
         found: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
     return found
+
+
+def _restore(path: Path, step: TrainStep) -> None:
+    try:
+        state = load_file(path)
+        own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
+        step.sae.load_state_dict(own)
+        step.load_state_dict(state)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"cannot go on from {path}: {reason(error)}") from None
 
 
 def _to_disk(folder: Path) -> None:
@@ -159,7 +167,7 @@ class Checkpoint:
 
     def restore(self, name: str, step: TrainStep) -> None:
         """Bring an SAE and its step to where they stood, to the bit. Raises RunError where they are not in it, or of another shape."""
-        read_steps(self.folder, {name: step})
+        _restore(self.folder / SAES / name / STEP_FILE, step)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.compiled import compile_where_it_pays
+from fastsae.compiled import with_compiled_blocks
 from fastsae.config import RunConfig
 from fastsae.errors import DataError
 from fastsae.interrupt import interruptible
@@ -45,7 +45,10 @@ def harvest(
     device = pick_device(config.device)
     source = load_source(config.model, device, model)
     source.check_context_size(config.data.context_size)
-    config = _with_compiled_blocks(config, source, folder)
+    wanted = config.model.compile
+    if wanted == "auto" and (folder / MANIFEST).exists():  # as for what is there already
+        wanted = Shards(folder).manifest["model"].get("compile", False)
+    config = with_compiled_blocks(config, source, config.n_tokens, wanted)
     tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
     with tokens.train as stream, interruptible() as stop:
         dtype = source.dtype if config.ring.dtype == "auto" else getattr(torch, config.ring.dtype)
@@ -72,16 +75,6 @@ def harvest(
         if writer.n_rows == 0 and not stop.is_set():
             raise DataError("the dataset ended before its first activation; nothing was written")
         return Harvested(folder, writer.n_rows, n_bytes, stop.is_set() and writer.n_rows < config.n_tokens)
-
-
-def _with_compiled_blocks(config: RunConfig, source: Source, folder: Path) -> RunConfig:
-    """Its config says whether the source model's blocks are compiled, as they are from here on: as for what is in the folder already."""
-    wanted = config.model.compile
-    if wanted == "auto" and (folder / MANIFEST).exists():
-        wanted = Shards(folder).manifest["model"].get("compile", False)
-    shape = config.model.batch_size, config.data.context_size
-    compiled = compile_where_it_pays(source, wanted, shape, -(-config.n_tokens // (shape[0] * shape[1])))
-    return config.model_copy(update={"model": config.model.model_copy(update={"compile": compiled})})
 
 
 def _about(config: RunConfig, source: Source, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,15 +7,25 @@ from typing import Literal
 
 import torch
 
+from fastsae.config import RunConfig
 from fastsae.errors import SourceError
 from fastsae.source import Source
 
 COSTS_S = 30.0
 """Seconds that a compilation takes at most, as a rule: what a run has to gain before it is tried."""
 MOST_GAIN = 0.35
-"""The largest share of a forward's time that compiled blocks have saved (benches/results/end_to_end.json)."""
+"""The largest share of a forward's time that compiled blocks have saved (benches/NOTES.md, compiled blocks)."""
 LEAST_GAIN = 0.05
 RUNS = 3  # timed forwards of each, in turns
+
+
+def with_compiled_blocks(
+    config: RunConfig, source: Source, n_left: int, wanted: Literal["auto"] | bool
+) -> RunConfig:
+    """The config, which says whether the source model's blocks are compiled, as they are from here on, with n_left activations to come."""
+    shape = config.model.batch_size, config.data.context_size
+    compiled = compile_where_it_pays(source, wanted, shape, -(-n_left // (shape[0] * shape[1])))
+    return config.model_copy(update={"model": config.model.model_copy(update={"compile": compiled})})
 
 
 def compile_where_it_pays(

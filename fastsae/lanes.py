@@ -17,6 +17,13 @@ def move(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None = None)
     move_rows(source if source.stride(1) == 1 else source.contiguous(), rows, out, slots)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host without waiting for the device, as a copy from pageable memory would."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Lane(Protocol):
     """Copies in the order in which they are asked for. A mark is a moment of the device's work, or of the copies; None is the start."""
 

@@ -34,7 +34,7 @@ def predict(
     """Bytes per part of the device's memory, without the source model, its forward and the framework's own; "host" is what the ring
     takes of the host's beside a GPU.
 
-    ring: see ring_bytes. saes: weights and moments, and for bf16 the copies that the products read. step: what the hungriest SAE's
+    ring: see ring_bytes. saes: weights and moments, for bf16 the copies that the products read, and what a resampler keeps. step: what the hungriest SAE's
     step holds beside them.
     """
     batch = min(config.step.batch_size, config.n_tokens)

@@ -5,8 +5,7 @@ generation, filled by hooks during the forward; one TrainStep, and so one optimi
 """
 
 import logging
-import os
-import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastsae.autoencoder import LitSparseAutoencoder, SparseAutoencoder
-from fastsae.checkpoint import read_steps, write_steps
+from fastsae.checkpoint import appearing, read_steps, write_steps
 from fastsae.config import ModelConfig
 from fastsae.errors import ConfigError, DataError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
@@ -206,7 +205,6 @@ class Pipeline:
         of wandb is active, upload it, which may fail without harm. Returns the folder."""
         name = f"{self.run_name}_{'final' if is_final else self.total_activations_trained_on}"
         folder = self.checkpoint_directory / name
-        aside = folder.with_name(f".{name}.part")
         state = {
             "total_activations_trained_on": self.total_activations_trained_on,
             "cache_names": self.cache_names,
@@ -214,15 +212,10 @@ class Pipeline:
             "n_held_out": self._n_held_out,
             "tokens": None if self._tokens is None else self._tokens.train.state_dict(),
         }
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            for step, hook in zip(self.steps.values(), self.cache_names, strict=True):
-                step.sae.metadata = {**step.sae.metadata, "hook_name": hook}
+        for hook, step in self.steps.items():
+            step.sae.metadata = {**step.sae.metadata, "hook_name": hook}
+        with appearing(folder, "the checkpoint ") as aside:
             write_steps(aside, self.steps, state)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-        except OSError as error:
-            raise RunError(f"cannot write the checkpoint {folder}: {error}") from None
         _upload(folder)
         return folder
 
@@ -455,8 +448,6 @@ def _validation_row(found: dict[str, Validation]) -> dict[str, float]:
 
 def _wandb_run() -> Any:
     """The active run of wandb, where it was imported and has one."""
-    import sys
-
     return getattr(sys.modules.get("wandb"), "run", None)
 
 

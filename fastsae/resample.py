@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fastsae.config import ResampleConfig
+from fastsae.lanes import to_device
 from fastsae.sae import SAE
 from fastsae.seeds import generator
 
@@ -101,10 +102,8 @@ class Resampler:
 
     def _draw(self, x: Tensor, losses: Tensor) -> None:
         e = torch.empty(len(x)).exponential_(generator=generator(self._seed, "resample", self._n_steps))
-        if x.device.type == "cuda":
-            e = e.pin_memory()
         weights = losses.to(self._keys.dtype).square()
-        keys = -e.to(x.device, self._keys.dtype, non_blocking=True) / weights
+        keys = -to_device(e.to(self._keys.dtype), x.device) / weights
         keys = torch.where((weights > 0) & keys.isfinite(), keys, -torch.inf)
         all_keys = torch.cat([self._keys, keys])
         best = all_keys.topk(len(self._keys)).indices

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsae.errors import ConfigError, DataError, first_line
-from fastsae.lanes import Inbound, Outbound, lane_for, move
+from fastsae.lanes import Inbound, Outbound, lane_for, move, to_device
 from fastsae.seeds import generator
 
 SEGMENTS = 6
@@ -142,7 +142,7 @@ class RingBuffer:
         n_late = len(taken) - n_now
         places.append(range(self.capacity, self.capacity + n_late))
         order = torch.cat([order, taken[n_now:]])
-        from_, to = _to(self.device, torch.stack([order, _slots(places)]).int())
+        from_, to = to_device(torch.stack([order, _slots(places)]).int(), self.device)
 
         def write(name: str, acts: Tensor) -> None:
             if self._outbound is None:
@@ -271,7 +271,7 @@ class RingBuffer:
             places, order, n_now = self._deal(torch.arange(n_carry))
             from_to = torch.stack([order, _slots(places)]).int()
             for name, carry in self._carry.items():
-                from_to = _to(carry.device, from_to)
+                from_to = to_device(from_to, carry.device)
                 move(carry, from_to[0], self._data[name], from_to[1])
             self._n_carry = 0  # check_capacity made a fill larger than the carry
             self._count(n_now)
@@ -357,7 +357,7 @@ class RingBuffer:
         """Gather the next rows of this phase into the batch from row `at` on; how many."""
         slots = self._order[self.cursor : self.cursor + self.batch_size - at].int()
         for name, data in self._data.items():
-            slots = _to(data.device, slots)
+            slots = to_device(slots, data.device)
             move(data, slots, self._batch[name][at : at + len(slots)])
         self.cursor += len(slots)
         return len(slots)
@@ -386,10 +386,3 @@ def check_capacity(capacity: int, batch_size: int, max_write: int, n_rows: int) 
 
 def _slots(places: list[range]) -> Tensor:
     return torch.cat([torch.arange(place.start, place.stop) for place in places])
-
-
-def _to(device: torch.device, numbers: Tensor) -> Tensor:
-    """On the device without waiting for it, as a copy from pageable memory would."""
-    if device.type == "cuda" and numbers.device.type == "cpu":
-        return numbers.pin_memory().to(device, non_blocking=True)
-    return numbers.to(device)

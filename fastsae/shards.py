@@ -127,6 +127,7 @@ class Shards:
     def is_whole(self, index: int) -> bool:
         """Whether a shard's file has the bytes that were written."""
         try:
+            self._layouts.pop(index, None)  # the header too is read again
             with path_of(self.folder, index).open("rb", buffering=0) as file:
                 whole = Piece(index, 0, self.shards[index].n_rows)
                 for name in self.shards[index].crc32:
@@ -144,7 +145,7 @@ class Shards:
 
     def _rows(self, file: FileIO, piece: Piece, name: str, pin: bool, *, again: bool = False) -> Tensor:
         """Whole blocks where some of them are not checked yet, or are to be checked again."""
-        if again or piece.shard not in self._layouts:
+        if piece.shard not in self._layouts:
             self._layouts[piece.shard] = layouts(file)
         self._check_layout(piece.shard, name)
         layout, crcs = self._layouts[piece.shard][name], self.shards[piece.shard].crc32[name]

@@ -22,6 +22,7 @@ from fastsae.bare import Bare, agree
 from fastsae.boot import boot, weights_of
 from fastsae.config import ModelConfig
 from fastsae.errors import SourceError, first_line
+from fastsae.lanes import to_device
 
 # Hook points that fire only while a switch of TransformerLens is on: end of the name -> the switch.
 SWITCHES = {
@@ -202,9 +203,7 @@ class Source:
 
     def to_device(self, tokens: Int[Tensor, "n context"]) -> Int[Tensor, "n context"]:
         """CPU tokens on the model's device; a GPU is not waited for."""
-        if self.device.type != "cuda" or tokens.is_cuda:
-            return tokens.to(self.device)
-        return tokens.pin_memory().to(self.device, non_blocking=True)
+        return to_device(tokens, self.device)
 
     def forward(
         self,

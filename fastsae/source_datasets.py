@@ -58,15 +58,9 @@ class PreTokenizedDataset(SourceDataset):
         pre_download: bool = False,
         repeat: bool = False,
     ) -> None:
-        config = _config(dataset_path, dataset_dir, dataset_files, pre_download=pre_download)
-        own = {
-            "context_size": context_size,
-            "shuffle_buffer": buffer_size,
-            "split": dataset_split,
-            "tokens_column": dataset_column_name,
-            "exclude": "none",
-        }
-        super().__init__(DataConfig(**config, **own), repeat=repeat)
+        where = _where(dataset_path, dataset_dir, dataset_files, pre_download=pre_download)
+        how = _how(context_size, buffer_size, dataset_split)
+        super().__init__(DataConfig(**where, **how, tokens_column=dataset_column_name), repeat=repeat)
 
 
 class TextDataset(SourceDataset):
@@ -92,16 +86,10 @@ class TextDataset(SourceDataset):
         pre_download: bool = False,
         repeat: bool = False,
     ) -> None:
-        config = _config(dataset_path, dataset_dir, dataset_files, pre_download=pre_download)
-        own = {
-            "context_size": context_size,
-            "shuffle_buffer": buffer_size,
-            "split": dataset_split,
-            "text_column": dataset_column_name,
-            "exclude": "none",
-        }
+        where = _where(dataset_path, dataset_dir, dataset_files, pre_download=pre_download)
+        how = _how(context_size, buffer_size, dataset_split)
         self.tokenizer = tokenizer
-        super().__init__(DataConfig(**config, **own), repeat=repeat)
+        super().__init__(DataConfig(**where, **how, text_column=dataset_column_name), repeat=repeat)
 
 
 class MockDataset(PreTokenizedDataset):
@@ -122,7 +110,12 @@ class MockDataset(PreTokenizedDataset):
         super().__init__(str(path), context_size, pre_download=True, repeat=repeat)
 
 
-def _config(path: str, folder: str | None, files: Any, *, pre_download: bool) -> dict[str, Any]:
+def _how(context_size: int, buffer_size: int, split: str) -> dict[str, Any]:
+    """Every position counts, as there."""
+    return {"context_size": context_size, "shuffle_buffer": buffer_size, "split": split, "exclude": "none"}
+
+
+def _where(path: str, folder: str | None, files: Any, *, pre_download: bool) -> dict[str, Any]:
     if files is not None:
         raise ConfigError(
             "dataset_files is not supported; give dataset_path a local file or folder, or dataset_dir a configuration's name"

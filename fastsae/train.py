@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsae.checkpoint import CONFIG_FILE, Checkpoint, save_checkpoint, save_final
-from fastsae.compiled import compile_where_it_pays
+from fastsae.compiled import with_compiled_blocks
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
 from fastsae.errors import DataError, FastSAEError, NonFiniteLossError, RunError
@@ -314,11 +314,8 @@ def _with_compiled_blocks(job: Job) -> Job:
     config, done = job.config, 0 if job.checkpoint is None else job.checkpoint.state["n_tokens"]
     if job.source is None:
         return job
-    shape = config.model.batch_size, config.data.context_size
-    n_forwards = -(-(config.n_tokens - done) // (shape[0] * shape[1]))
-    compiled = compile_where_it_pays(job.source, config.model.compile, shape, n_forwards)
-    told = config.model.model_copy(update={"compile": compiled})
-    return replace(job, config=config.model_copy(update={"model": told}))
+    n_left = config.n_tokens - done
+    return replace(job, config=with_compiled_blocks(config, job.source, n_left, config.model.compile))
 
 
 def _ring(job: Job) -> RingBuffer:

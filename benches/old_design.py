@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benches.measure import about
-from fastsae.autoencoder import LitSparseAutoencoder, LitSparseAutoencoderConfig
 from fastsae.config import ModelConfig
-from fastsae.pipeline import Pipeline
 from fastsae.source import load_source
-from fastsae.source_datasets import MockDataset
+from fastsae.sparse_autoencoder.autoencoder import LitSparseAutoencoder, LitSparseAutoencoderConfig
+from fastsae.sparse_autoencoder.pipeline import Pipeline
+from fastsae.sparse_autoencoder.source_datasets import MockDataset
 from fastsae.step import TrainStep
 
 HOOK, D_IN, D_SAE = "blocks.1.hook_resid_post", 768, 24_576

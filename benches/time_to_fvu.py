@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,15 @@ from benches.peers.process import PEERS_PYTHON, Trainer
 from benches.peers.run import versions
 from fastsae.configfile import load_config
 from fastsae.demo import config_path
+from fastsae.harvest import Harvester
 from fastsae.prepare import prepare
-from fastsae.train import _feeder, _ring
+from fastsae.ring import RingBuffer
 
 PAIRS = {"relu": ("SAELens standard", "fastsae relu"), "topk": ("SAELens topk", "fastsae topk")}
 TURN, EVERY = 50, 100  # SAELens' steps between turns, and between its evaluations
 K, L1 = 32, 1.0  # SAELens' default L1
 HELD_OUT = 20_000
+BATCH = 4096  # rows drawn at a time from the ring
 AT_LEAST = 5
 WORKER = "benches.peers.whole_run"
 Row = dict[str, Any]
@@ -40,10 +41,18 @@ def harvest(n_rows: int, file: Path) -> None:
     """Activations of the embedded model, scaled to a mean norm of sqrt(d_in), so that both have the same L1 in the same units."""
     job = prepare(load_config(config_path("relu"), {"n_tokens": n_rows, "device": "cpu"}))
     try:
-        ring = _ring(job)
-        more = _feeder(job, ring, threading.Event())
+        assert job.source is not None and job.tokens is not None
         (hook,) = job.widths
-        rows = torch.cat([batch[hook].clone() for batch in ring.batches(more)])
+        ring = RingBuffer(
+            job.widths,
+            job.config.ring.capacity,
+            BATCH,
+            n_rows=n_rows,
+            max_write=job.max_write,
+            device=job.device,
+        )
+        harvester = Harvester(job.source, job.tokens.train, ring, job.config.model.batch_size)
+        rows = torch.cat([batch[hook].clone() for batch in ring.batches(harvester.forward)])
     finally:
         job.close()
     rows *= rows.shape[1] ** 0.5 / rows.norm(dim=1).mean()

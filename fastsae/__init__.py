@@ -22,9 +22,9 @@ from fastsae.config import (
 from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, DataError, FastSAEError, NonFiniteLossError, RunError, SourceError
 from fastsae.evaluate import Validation, evaluate
-from fastsae.pipeline import Pipeline
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
+from fastsae.sparse_autoencoder.pipeline import Pipeline
 from fastsae.step import TrainStep
 from fastsae.train import Result, resume, train
 

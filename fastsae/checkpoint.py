@@ -131,6 +131,11 @@ def _restore(path: Path, step: TrainStep) -> None:
     try:
         state = load_file(path)
         own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
+        for name, here in step.sae.state_dict().items():
+            if (there := own[name].shape) != here.shape:
+                raise RunError(
+                    f"cannot go on from {path}: {name} is {list(there)} there and {list(here.shape)} here"
+                )
         step.sae.load_state_dict(own)
         step.load_state_dict(state)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:

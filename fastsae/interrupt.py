@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,3 +34,14 @@ def interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def until(stop: threading.Event, write: Callable[[], bool]) -> Callable[[], bool]:
+    """What brings more rows into a ring, as `write` does: one forward, or one piece of given activations; an interrupt ends it in between."""
+
+    def more() -> bool:
+        if stop.is_set():
+            raise InterruptedRun
+        return write()
+
+    return more

@@ -182,14 +182,19 @@ class RingBuffer:
             if n < self.batch_size:
                 return
 
-    def begin(self) -> None:
-        """Behind the one fill of a ring that gets no other: `batches` then draws all of its rows, in one order."""
+    def begin(self, state: Mapping[str, int] | None = None) -> None:
+        """Behind the one fill of a ring that gets no other: `batches` then draws all of its rows, in one order; with a state_dict of such a
+        ring, those that had not been drawn. Raises DataError where it had been filled with more or fewer."""
         self._begin_phase(everything=True)
+        if state is not None:
+            if state["n_written"] != self.n_written:
+                raise DataError(f"the ring was to have {state['n_written']} rows, and has {self.n_written}")
+            self.cursor, self._point = state["cursor"], dict(state)
 
-    def peek(self, i: int) -> dict[str, Tensor]:
-        """Row i of those that `batches` draws next, [d_in] per hook point. Waits for the device. Raises IndexError behind the phase's last."""
-        slot = int(self._order[self.cursor :][i])
-        return {name: data[slot] for name, data in self._data.items()}
+    def peek(self, i: int | slice) -> dict[str, Tensor]:
+        """Row i of those that `batches` draws next, [d_in] per hook point, or several, [n, d_in]. Raises IndexError behind the phase's last."""
+        slots = self._order[self.cursor :][i]
+        return {name: data[slots.to(data.device)] for name, data in self._data.items()}
 
     def shuffle(self) -> None:
         """Another order of what is left of the phase."""

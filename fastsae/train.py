@@ -20,7 +20,7 @@ from fastsae.evaluate import Validation, evaluate
 from fastsae.folder import METRICS_FILE, last_figures, outputs
 from fastsae.harvest import DiskFeeder, Feeder, Harvester
 from fastsae.init import initialise
-from fastsae.interrupt import InterruptedRun, interruptible
+from fastsae.interrupt import InterruptedRun, interruptible, until
 from fastsae.log import Sink, WarningSink
 from fastsae.memory import refused_if_too_large
 from fastsae.prepare import ACTIVATIONS, Job, prepare
@@ -99,7 +99,7 @@ def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
             clock, timeline = _Clock(), Timeline(job.device)
             ring = _ring(job)
             feeder = _feeder(job, ring, timeline)
-            more = _until(stop, _pieces(job, ring) if feeder is None else feeder.forward)
+            more = until(stop, _pieces(job, ring) if feeder is None else feeder.forward)
             with timeline.part("ring"):
                 if job.checkpoint is None:
                     ring.fill(more)
@@ -375,17 +375,6 @@ def _feeder(job: Job, ring: RingBuffer, timeline: Timeline) -> Feeder | None:
     return Harvester(job.source, job.tokens.train, ring, config.model.batch_size, timeline)
 
 
-def _until(stop: threading.Event, write: Callable[[], bool]) -> Callable[[], bool]:
-    """What brings more rows: one forward, or one piece of given activations; an interrupt ends it in between."""
-
-    def more() -> bool:
-        if stop.is_set():
-            raise InterruptedRun
-        return write()
-
-    return more
-
-
 def _fill_again(checkpoint: Checkpoint, ring: RingBuffer, feeder: Feeder, stop: threading.Event) -> None:
     """The ring as the checkpoint has it: by its rows where they were saved, else by the forwards that brought them."""
     state = checkpoint.state
@@ -395,7 +384,7 @@ def _fill_again(checkpoint: Checkpoint, ring: RingBuffer, feeder: Feeder, stop: 
         checkpoint.ring = None  # its memory
     else:
         again = feeder.replay(state["forwards"], checkpoint.forwards)
-        ring.restore(state["ring"], _until(stop, again))
+        ring.restore(state["ring"], until(stop, again))
 
 
 def _pieces(job: Job, ring: RingBuffer) -> Callable[[], bool]:

@@ -12,17 +12,23 @@ import torch
 from torch import nn
 
 import fastsae
-from fastsae.autoencoder import (
-    LitSparseAutoencoder,
-    LitSparseAutoencoderConfig,
-    SparseAutoencoder,
-    SparseAutoencoderConfig,
-)
 from fastsae.config import ModelConfig
 from fastsae.errors import ConfigError, RunError, SourceError
-from fastsae.pipeline import Pipeline
 from fastsae.source import load_source
-from fastsae.source_datasets import MockDataset, PreTokenizedDataset, TextDataset
+from fastsae.sparse_autoencoder import (
+    L1AbsoluteLoss,
+    L2ReconstructionLoss,
+    LitSparseAutoencoder,
+    LitSparseAutoencoderConfig,
+    MockDataset,
+    Pipeline,
+    PreTokenizedDataset,
+    SparseAutoencoder,
+    SparseAutoencoderConfig,
+    SparseAutoencoderLoss,
+    TextDataset,
+)
+from fastsae.step import TrainStep
 from tests.tiny_models import D_MODEL, D_VOCAB
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -293,13 +299,13 @@ def test_181_the_end_of_the_dataset_ends_the_run_with_a_checkpoint(made, ids, tm
 
 def test_252_validation_is_on_held_out_tokens_the_same_for_all(made, monkeypatch):
     pipeline = made()
-    seen, real = [], sys.modules["fastsae.pipeline"].evaluate
+    seen, real = [], sys.modules["fastsae.sparse_autoencoder.pipeline"].evaluate
 
     def evaluate(source, saes, tokens, **fields):
         seen.append((list(saes), tokens.tokens.clone()))
         return real(source, saes, tokens, **fields)
 
-    monkeypatch.setattr(sys.modules["fastsae.pipeline"], "evaluate", evaluate)
+    monkeypatch.setattr(sys.modules["fastsae.sparse_autoencoder.pipeline"], "evaluate", evaluate)
     before = pipeline._opened(200).train.state_dict()
     pipeline.validate_sae(200)
     assert pipeline._opened(200).train.state_dict() == before, "the training stream stays where it was"
@@ -371,6 +377,18 @@ def test_122_log_frequency_is_honoured_under_the_old_keys(made, wandb):
         ({"cache_names": HOOKS[:1]}, ConfigError, "the autoencoder has 2 components"),
         ({"cache_names": [HOOKS[0], "blocks.7.hook_mlp_out"]}, SourceError, r"no blocks\.7"),
         ({"log_frequency": 0}, ConfigError, "log_frequency = 0"),
+        ({"log_frequency": True}, ConfigError, "log_frequency = True"),
+        ({"layer": "2"}, ConfigError, "layer = '2'"),
+        ({"layer": 1.5}, ConfigError, "layer = 1.5"),
+        ({"cache_names": HOOKS[0]}, ConfigError, r"must be a list of hook points: say \['blocks"),
+        ({"source_model": None}, ConfigError, "source_model is a NoneType; give a TransformerBridge"),
+        ({"source_model": "gpt2"}, ConfigError, "source_model is a str; give a TransformerBridge"),
+        ({"source_model": nn.Linear(2, 2)}, SourceError, "model is a Linear; give a TransformerBridge"),
+        ({"source_dataset": ["a text"]}, ConfigError, "source_dataset is a list; give a PreTokenizedDataset"),
+        ({"autoencoder": nn.Linear(2, 2)}, ConfigError, "autoencoder is a Linear; give a LitSparseAuto"),
+        ({"precision": "fp16"}, ConfigError, "^precision = 'fp16': .*'bf16'[^\n]*$"),
+        ({"lr": -1.0}, ConfigError, "^lr = -1.0: [^\n]*greater than 0$"),
+        ({"betas": (0.9,)}, ConfigError, "^betas[^\n]*$"),
     ],
 )
 def test_127_arguments_that_do_not_fit_are_found_before_the_first_forward(fields, error, words, made):
@@ -404,6 +422,10 @@ def test_127_outputs_that_cannot_be_written_are_found_first(made, tmp_path):
     folder = made().save_checkpoint()
     with pytest.raises(RunError, match="is of"):
         made(HOOKS[:1]).load_checkpoint(folder)
+    config = SparseAutoencoderConfig(n_input_features=D_MODEL, n_learned_features=8, n_components=2)
+    other = made(autoencoder=SparseAutoencoder(config), n_learned_features=8)
+    with pytest.raises(RunError, match=r"W_enc is \[16, 24\] there and \[16, 8\] here$"):
+        other.load_checkpoint(folder)
 
 
 def test_127_a_layer_that_is_not_given_is_found(made):
@@ -455,14 +477,68 @@ def test_334_a_run_that_is_stopped_goes_on_from_its_checkpoint(made, tmp_path, m
     first.run_pipeline(**RUN, max_activations=640)
     again.load_checkpoint(tmp_path / "test_final")
     again.run_pipeline(**RUN, max_activations=640)
-    for a, b in zip(whole.autoencoder.components, again.autoencoder.components, strict=True):
-        assert torch.equal(a.W_dec, b.W_dec) and torch.equal(a.b_enc, b.b_enc)
+    assert_equal(whole, again)
     stopped, saved = made(run_name="stopped", log_frequency=7), []
     monkeypatch.setattr(stopped, "_report", lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(stopped, "save_checkpoint", lambda **_: saved.append(1))
     stopped.run_pipeline(**RUN, max_activations=1280)
     assert saved == [1] and stopped.total_activations_trained_on == 7 * 32
     assert not list(tmp_path.glob(".*"))
+
+
+def assert_equal(one, other):
+    assert one.total_activations_trained_on == other.total_activations_trained_on
+    for a, b in zip(one.autoencoder.components, other.autoencoder.components, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stop_at", [32, 320, 608, 640, 672, 1248])
+def test_334_in_the_middle_of_a_store_too(stop_at, made, tmp_path):
+    whole, again = made(), made()
+    whole.run_pipeline(**RUN, max_activations=1280, checkpoint_frequency=stop_at)
+    again.load_checkpoint(tmp_path / f"test_{stop_at}")
+    again.run_pipeline(**RUN, max_activations=1280 - stop_at)
+    assert_equal(whole, again)
+
+
+def test_334_every_row_once_whatever_the_totals(made, tmp_path, monkeypatch):
+    """Also where a call goes on with a store that is larger than its total."""
+    rows = []
+    monkeypatch.setattr(TrainStep, "__call__", lambda step, x: rows.append(x.clone()))  # in place of training
+    made(HOOKS[:1]).run_pipeline(**RUN, max_activations=1280, checkpoint_frequency=320)
+    whole = torch.cat(rows)
+    rows.clear()
+    pieces = made(HOOKS[:1])
+    pieces.load_checkpoint(tmp_path / "test_320")
+    for n in (100, 33, 827):
+        pieces.run_pipeline(**RUN, max_activations=n)
+    assert pieces.total_activations_trained_on == 1280
+    assert torch.equal(whole[320:], torch.cat(rows))
+
+
+def test_334_ctrl_c_between_two_forwards_and_going_on(made, monkeypatch):
+    """Nothing is lost, and nothing is trained on twice: while a store is generated, trained on, generated once more, trained on."""
+    whole, stopped = made(), made(log_frequency=7)
+    whole.run_pipeline(**RUN, max_activations=1280)
+    forward, n = stopped._source.forward, []
+
+    def interrupted(*args, **kwargs):
+        n.append(1)
+        if len(n) in (3, 15):
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(stopped._source, "forward", interrupted)
+    reports = iter([True, False, True])
+    monkeypatch.setattr(
+        stopped, "_report", lambda: next(reports, False) and os.kill(os.getpid(), signal.SIGINT)
+    )
+    seen = []
+    while stopped.total_activations_trained_on < 1280:
+        stopped.run_pipeline(**RUN, max_activations=1280 - stopped.total_activations_trained_on)
+        seen.append(stopped.total_activations_trained_on)
+    assert seen == [0, 224, 224, 672, 1280]
+    assert_equal(whole, stopped)
 
 
 def test_329_checkpoints_are_local_before_they_are_uploaded(made, wandb):
@@ -474,11 +550,34 @@ def test_329_checkpoints_are_local_before_they_are_uploaded(made, wandb):
 
 
 def test_59_no_docstring_stopes():
-    assert "stope" not in sys.modules["fastsae.pipeline"].__doc__ + str(Pipeline.__doc__)
+    assert "stope" not in sys.modules["fastsae.sparse_autoencoder.pipeline"].__doc__ + str(Pipeline.__doc__)
+
+
+@pytest.mark.parametrize("n_components", [1, 2])
+def test_the_losses_are_those_that_a_step_reports(n_components, made):
+    hooks = HOOKS[:n_components]
+    pipeline = made(hooks, l1=0.02)
+    batch = next(pipeline.generate_activations(PER_FORWARD).batches(PER_FORWARD))
+    x = torch.stack([batch[hook] for hook in hooks], 1)
+    learned, decoded = pipeline.autoencoder(x)
+    loss = SparseAutoencoderLoss(n_components, l1_coefficient=0.02)
+    parts = 0.02 * L1AbsoluteLoss(n_components)(x, learned, decoded)
+    parts = parts + L2ReconstructionLoss(n_components)(x, learned, decoded)
+    each = SparseAutoencoderLoss(n_components, 0.02, keep_batch_dim=True)(x, learned, decoded)
+    assert each.shape == (PER_FORWARD, n_components)
+    for hook, step in pipeline.steps.items():
+        step(batch[hook])
+    reported = torch.tensor([step.read()["loss"] / D_MODEL for step in pipeline.steps.values()])
+    for found in (loss(x, learned, decoded), parts, each.mean(0)):
+        torch.testing.assert_close(found, reported, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ConfigError, match="num_components = 3"):
+        SparseAutoencoderLoss(3)(x, learned, decoded)
+    with pytest.raises(ConfigError, match="above 0"):
+        SparseAutoencoderLoss(l1_coefficient=0.0)
 
 
 def test_l1_is_converted_and_said_once(made, caplog):
-    with caplog.at_level(logging.INFO, "fastsae.pipeline"):
+    with caplog.at_level(logging.INFO, "fastsae.sparse_autoencoder.pipeline"):
         pipeline = made(l1=0.01)
     assert pipeline.steps[HOOKS[0]].cfg.l1_coefficient == pytest.approx(0.16)
     assert [r for r in caplog.messages if "l1_coefficient = 0.01" in r and "0.16" in r]
@@ -494,6 +593,7 @@ def test_a_store_has_length_rows_and_an_order(made):
     assert torch.equal(before.flatten(1).sum(1).sort().values, after.flatten(1).sum(1).sort().values)
     with pytest.raises(IndexError):
         store[128]
+    torch.testing.assert_close(store[2:5], after[2:5])
     batches = [b[HOOKS[0]].clone() for b in store.batches(50)]
     assert [len(b) for b in batches] == [50, 50, 28] and torch.equal(torch.cat(batches), after[:, 0])
 

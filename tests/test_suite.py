@@ -13,6 +13,7 @@ from benches import suite, workers
 from benches.cases import CASES
 from benches.kernel_tests import run_tests
 from benches.measure import checked, interleaved, measure
+from benches.time_to_fvu import HELD_OUT, harvest
 from benches.workers import rows
 from benches.world import Case, Shape, World
 
@@ -157,3 +158,11 @@ def test_json_is_written_whole(tmp_path):
     suite.write(tmp_path / "kernels.json", {"cases": []})
     assert json.loads((tmp_path / "kernels.json").read_text()) == {"cases": []}
     assert [f.name for f in tmp_path.iterdir()] == ["kernels.json"]
+
+
+def test_wall_times_are_compared_on_activations_of_one_scale(tmp_path):
+    harvest(HELD_OUT + 1000, tmp_path / "rows.pt")
+    rows = torch.load(tmp_path / "rows.pt")
+    assert rows["train"].shape == (1000, 128) and rows["held_out"].shape == (HELD_OUT, 128)
+    norms = torch.cat([rows["train"], rows["held_out"]]).norm(dim=1)
+    assert norms.mean().item() == pytest.approx(128**0.5, rel=1e-5)

@@ -3,19 +3,28 @@
 docs/coming-from-sparse-autoencoder.md says where every other name of that library went.
 """
 
-from fastsae.autoencoder import (
+from fastsae.sparse_autoencoder.autoencoder import (
     ForwardPassResult,
     LitSparseAutoencoder,
     LitSparseAutoencoderConfig,
     SparseAutoencoder,
     SparseAutoencoderConfig,
 )
-from fastsae.pipeline import ActivationStore, Pipeline
-from fastsae.source_datasets import MockDataset, PreTokenizedDataset, SourceDataset, TextDataset
+from fastsae.sparse_autoencoder.losses import L1AbsoluteLoss, L2ReconstructionLoss, SparseAutoencoderLoss
+from fastsae.sparse_autoencoder.pipeline import Pipeline
+from fastsae.sparse_autoencoder.source_datasets import (
+    MockDataset,
+    PreTokenizedDataset,
+    SourceDataset,
+    TextDataset,
+)
+from fastsae.sparse_autoencoder.store import ActivationStore
 
 __all__ = [
     "ActivationStore",
     "ForwardPassResult",
+    "L1AbsoluteLoss",
+    "L2ReconstructionLoss",
     "LitSparseAutoencoder",
     "LitSparseAutoencoderConfig",
     "MockDataset",
@@ -24,5 +33,6 @@ __all__ = [
     "SourceDataset",
     "SparseAutoencoder",
     "SparseAutoencoderConfig",
+    "SparseAutoencoderLoss",
     "TextDataset",
 ]

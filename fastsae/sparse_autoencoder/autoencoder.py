@@ -125,8 +125,8 @@ class SparseAutoencoder(nn.Module):
     def step_config(self, l1_coefficient: float, **fields: Any) -> StepConfig:
         """For TrainStep, with that library's defaults: Adam at 1e-3, no warm-up, no decay, no clipping; `fields` go over them."""
         d_in, n = self.config.n_input_features, self.config.n_components or 1
-        return StepConfig.model_validate(
-            {
+        return StepConfig(
+            **{
                 "lr": 1e-3,
                 "lr_warmup_steps": 0,
                 "lr_decay_fraction": 0.0,

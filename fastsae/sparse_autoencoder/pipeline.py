@@ -5,33 +5,32 @@ generation, filled by hooks during the forward; one TrainStep, and so one optimi
 """
 
 import logging
-import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
 
-from fastsae.autoencoder import LitSparseAutoencoder, SparseAutoencoder
 from fastsae.checkpoint import appearing, read_steps, write_steps
 from fastsae.config import ModelConfig
 from fastsae.errors import ConfigError, DataError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
-from fastsae.interrupt import interruptible
+from fastsae.interrupt import InterruptedRun, interruptible, until
 from fastsae.packing import TokenBatch
 from fastsae.ring import RingBuffer
 from fastsae.source import load_source
-from fastsae.source_datasets import SourceDataset
+from fastsae.sparse_autoencoder import dashboard
+from fastsae.sparse_autoencoder.autoencoder import LitSparseAutoencoder, SparseAutoencoder
+from fastsae.sparse_autoencoder.source_datasets import SourceDataset
+from fastsae.sparse_autoencoder.store import ActivationStore, check_positive
 from fastsae.step import TrainStep
 from fastsae.tokens import Tokens
-
-__all__ = ["ActivationStore", "Pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,33 +40,6 @@ HELD_OUT = 1024  # activations to validate on, where nobody has said how many be
 
 class _Ended(DataError):
     """The dataset has no activation more."""
-
-
-class ActivationStore:
-    """Activations of every component, in random order; each is trained on once.
-
-    `store[i]` is row i of that order, [components, d_in]; `len(store)` counts those that are left.
-    """
-
-    def __init__(self, ring: RingBuffer, names: Sequence[str]) -> None:
-        self.ring, self._names = ring, list(names)
-
-    def __len__(self) -> int:
-        return self.ring.n_undrawn
-
-    def __getitem__(self, i: int) -> Float[Tensor, "components d_in"]:
-        rows = self.ring.peek(i)
-        return torch.stack([rows[name] for name in self._names])
-
-    def shuffle(self) -> None:
-        """Another order of what is left."""
-        self.ring.shuffle()
-
-    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """By hook point, until nothing is left; the last may be short. A batch is valid until the next one is asked for."""
-        _check_positive(train_batch_size=batch_size)
-        self.ring.resize_batch(batch_size)
-        return self.ring.batches(lambda: False)
 
 
 class Pipeline:
@@ -110,6 +82,21 @@ class Pipeline:
         precision: str = "fp32",
         seed: int = 0,
     ) -> None:
+        inner = getattr(source_model, "module", source_model)
+        for name, value, kind, allowed in (
+            ("autoencoder", autoencoder, SparseAutoencoder, "a LitSparseAutoencoder or a SparseAutoencoder"),
+            ("source_dataset", source_dataset, SourceDataset, "a PreTokenizedDataset or a TextDataset"),
+            (
+                "source_model",
+                inner,
+                nn.Module,
+                "a TransformerBridge or a HookedTransformer of TransformerLens",
+            ),
+        ):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name} is a {type(value).__name__}; give {allowed}")
+        if isinstance(cache_names, str):
+            raise ConfigError(f"cache_names must be a list of hook points: say ['{cache_names}']")
         self.autoencoder, self.cache_names = autoencoder, list(cache_names)
         self.source_dataset, self.source_model = source_dataset, source_model
         self.n_input_features, self.n_learned_features = n_input_features, n_learned_features
@@ -120,7 +107,6 @@ class Pipeline:
         self.total_activations_trained_on = 0
         self.progress_bar: Any = None
         self._check_shape()
-        inner = getattr(source_model, "module", source_model)
         device = next(inner.parameters()).device
         cfg = ModelConfig(hook=tuple(self.cache_names), batch_size=source_data_batch_size)
         with warnings.catch_warnings():
@@ -152,6 +138,10 @@ class Pipeline:
         self._n_generated = 0
         self._n_held_out: int | None = None
         self._resume_at: dict[str, Any] | None = None
+        self._store: ActivationStore | None = None  # that of run_pipeline while it is under way
+        self._left: dict[str, Any] | None = (
+            None  # the place in a store that it ended, or a checkpoint was, in the middle of
+        )
 
     @property
     def n_components(self) -> int:
@@ -169,8 +159,8 @@ class Pipeline:
 
         Raises ConfigError unless store_size is a multiple of what a forward brings, DataError where the dataset has ended.
         """
-        _check_positive(store_size=store_size)
-        per_forward = self.source_data_batch_size * self.source_dataset.context_size
+        check_positive(store_size=store_size)
+        per_forward = self._per_forward
         if store_size % per_forward:
             nearest = max(round(store_size / per_forward), 1) * per_forward
             raise ConfigError(
@@ -197,7 +187,7 @@ class Pipeline:
             self._held_out(validation_n_activations),
             batch_size=self.source_data_batch_size,
         )
-        _log(_validation_row(found))
+        dashboard.log(dashboard.validation_row(found))
         return found
 
     def save_checkpoint(self, *, is_final: bool = False) -> Path:
@@ -211,17 +201,18 @@ class Pipeline:
             "n_generated": self._n_generated,
             "n_held_out": self._n_held_out,
             "tokens": None if self._tokens is None else self._tokens.train.state_dict(),
+            "store": self._left if self._store is None else self._store.place(),
         }
         for hook, step in self.steps.items():
             step.sae.metadata = {**step.sae.metadata, "hook_name": hook}
         with appearing(folder, "the checkpoint ") as aside:
             write_steps(aside, self.steps, state)
-        _upload(folder)
+        dashboard.upload(folder)
         return folder
 
     def load_checkpoint(self, folder: Path | str) -> None:
-        """Go on from a checkpoint of a pipeline that was made with the same arguments: weights, optimizer, counter, and the next tokens, behind
-        those of the store that was under way. Where this is between two stores, to the bit.
+        """Go on from a checkpoint of a pipeline that was made with the same arguments: weights, optimizer, counter, and the next activations, to
+        the bit. What run_pipeline had not yet used of a store is generated again when that is called.
 
         Raises RunError for a folder that holds no such checkpoint, DataError where the dataset is another one.
         """
@@ -230,7 +221,7 @@ class Pipeline:
             raise RunError(f"{folder} is of {state.get('cache_names')}, not of {self.cache_names}")
         self.total_activations_trained_on = state["total_activations_trained_on"]
         self._n_generated, self._n_held_out = state["n_generated"], state["n_held_out"]
-        self._resume_at = state["tokens"]
+        self._resume_at, self._left = state["tokens"], state.get("store")
         if self._tokens is not None and self._resume_at is not None:
             self._tokens.train.load_state_dict(self._resume_at)
 
@@ -251,47 +242,51 @@ class Pipeline:
         counts = {"train_batch_size": train_batch_size, "max_store_size": max_store_size}
         counts |= {"max_activations": max_activations, "validation_n_activations": validation_n_activations}
         every = {"validate_frequency": validate_frequency, "checkpoint_frequency": checkpoint_frequency}
-        _check_positive(**counts, **{name: n for name, n in every.items() if n is not None})
+        check_positive(**counts, **{name: n for name, n in every.items() if n is not None})
         try:
             self.checkpoint_directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
                 f"cannot write checkpoints into {self.checkpoint_directory}: {reason(error)}"
             ) from None
-        per_forward = self.source_data_batch_size * self.source_dataset.context_size
+        per_forward = self._per_forward
         store_size = max_store_size // per_forward * per_forward
         if store_size == 0:
             raise ConfigError(
                 f"max_store_size = {max_store_size} holds not one forward: source_data_batch_size x context_size = "
                 f"{self.source_data_batch_size} x {self.source_dataset.context_size} = {per_forward}"
             )
-        self._opened(max(validation_n_activations, 1))
+        self._opened(validation_n_activations)
         goal = self.total_activations_trained_on + max_activations
         with interruptible() as stop, _progress_bar(max_activations) as self.progress_bar:
-            while self.total_activations_trained_on < goal and not stop.is_set():
+            while (n_left := goal - self.total_activations_trained_on) > 0 and not stop.is_set():
                 self._stage("generate")
                 try:
-                    store = self._generate(min(store_size, goal - self.total_activations_trained_on))
+                    self._store = self._next_store(min(store_size, n_left), stop)
+                except InterruptedRun:
+                    break
                 except _Ended as error:
                     warnings.warn(f"{error}; the run ends here", stacklevel=2)
                     break
-                self._stage("train")
-                for n in self._train(store, train_batch_size):
-                    if self._crossed(n, validate_frequency):
-                        self._stage("validate")
-                        self.validate_sae(validation_n_activations)
-                    if self._crossed(n, checkpoint_frequency):
-                        self._stage("checkpoint")
-                        self.save_checkpoint()
-                    if stop.is_set():
-                        break
+                try:
                     self._stage("train")
-                del store  # its memory, before the next
+                    for n in self._train(self._store, train_batch_size, n_left):
+                        if self._crossed(n, validate_frequency):
+                            self._stage("validate")
+                            self.validate_sae(validation_n_activations)
+                        if self._crossed(n, checkpoint_frequency):
+                            self._stage("checkpoint")
+                            self.save_checkpoint()
+                        if stop.is_set():
+                            break
+                        self._stage("train")
+                finally:
+                    self._left, self._store = self._store.place(), None  # its memory, before the next
             self.save_checkpoint(is_final=True)
 
-    def _train(self, store: ActivationStore, batch_size: int) -> Iterator[int]:
-        """Steps; yields the size of each batch behind it."""
-        for batch in store.batches(batch_size):
+    def _train(self, store: ActivationStore, batch_size: int, n_rows: int | None = None) -> Iterator[int]:
+        """Steps on the store's next n_rows, or on all that is left; yields the size of each batch behind it."""
+        for batch in store.batches(batch_size, n_rows):
             n = 0
             for name, step in self.steps.items():
                 step(batch[name])
@@ -303,26 +298,53 @@ class Pipeline:
                 self._report()
             yield n
 
-    def _generate(self, n_rows: int) -> ActivationStore:
+    def _next_store(self, n_rows: int, stop: threading.Event) -> ActivationStore:
+        """What is left of the one that run_pipeline was in the middle of; else n_rows more. Raises InterruptedRun, and nothing has happened."""
+        left, stream = self._left, self._opened(HELD_OUT).train
+        if left is None:
+            return self._generate(n_rows, stop)
+        now = stream.state_dict()
+        stream.load_state_dict(left["tokens"])
+        try:
+            store = self._filled(left["n_rows"], left["number"], stop)
+        finally:
+            if stream.state_dict() != now:
+                stream.load_state_dict(now)
+        store.ring.begin(left["ring"])
+        self._left = None
+        return store
+
+    def _generate(self, n_rows: int, stop: threading.Event | None = None) -> ActivationStore:
         stream = self._opened(HELD_OUT).train
-        per_forward = self.source_data_batch_size * self.source_dataset.context_size
+        before = stream.state_dict()
+        try:
+            store = self._filled(n_rows, self._n_generated, stop or threading.Event())
+        except InterruptedRun:
+            stream.load_state_dict(before)
+            raise
+        self._n_generated += 1
+        store.ring.begin()
+        return store
+
+    def _filled(self, n_rows: int, number: int, stop: threading.Event) -> ActivationStore:
+        """From the stream's next tokens, in the order of the number-th store."""
+        stream = self._opened(HELD_OUT).train
+        origin = {"n_rows": n_rows, "number": number, "tokens": stream.state_dict()}
         ring = RingBuffer(
             dict.fromkeys(self.cache_names, self.n_input_features),
             n_rows,
             1,
             n_rows=n_rows,
-            max_write=per_forward,
+            max_write=self._per_forward,
             device=self._source.device,
             dtype=self._source.dtype,
-            seed=self.seed + self._n_generated,
+            seed=self.seed + number,
         )
         harvester = Harvester(self._source, stream, ring, self.source_data_batch_size)
-        ring.fill(harvester.forward)
+        ring.fill(until(stop, harvester.forward))
         if ring.n_written == 0:
             raise _Ended("the dataset has ended")
-        self._n_generated += 1
-        ring.begin()
-        return ActivationStore(ring, self.cache_names)
+        return ActivationStore(ring, self.cache_names, origin)
 
     def _opened(self, n_validation: int) -> Tokens:
         if self._tokens is None:
@@ -345,6 +367,10 @@ class Pipeline:
                 stacklevel=3,
             )
         return held_out[:n_contexts]
+
+    @property
+    def _per_forward(self) -> int:
+        return self.source_data_batch_size * self.source_dataset.context_size
 
     def _pairs(self) -> list[tuple[str, Any]]:
         return list(zip(self.cache_names, self.autoencoder.components, strict=True))
@@ -369,16 +395,8 @@ class Pipeline:
                 raise RunError(
                     f"the loss of {name} became NaN or infinite at step {figures['first_bad_step']:.0f}"
                 )
-            dead = [value for key, value in figures.items() if key.startswith("dead_fraction_")]
-            rows[name] = {
-                "loss/total": figures["loss"] / self.n_input_features,
-                "loss/l1_learned_activations": figures["l1"],
-                "loss/l2_reconstruction": figures["mse"] / self.n_input_features,
-                "train/l0_norm": figures["l0"],
-                "train/neuron_activity": dead[0] * self.n_learned_features,
-                **({"resample/dead_neurons": figures["resampled_latents"]} if step.resampler else {}),
-            }
-        _log(_with_means(rows))
+            rows[name] = dashboard.training_row(figures, self.n_input_features, self.n_learned_features)
+        dashboard.log(dashboard.with_means(rows))
 
     def _check_shape(self) -> None:
         config = self.autoencoder.config
@@ -399,71 +417,18 @@ class Pipeline:
             raise ConfigError(f"component_names must be {n}, each another: {', '.join(names)}")
         if Path(self.run_name).name != self.run_name:
             raise ConfigError(f"run_name = {self.run_name} must be the name of a folder")
-        _check_positive(log_frequency=self.log_frequency, source_data_batch_size=self.source_data_batch_size)
+        check_positive(log_frequency=self.log_frequency, source_data_batch_size=self.source_data_batch_size)
 
     def _checked_layer(self, layer: int | None) -> int:
         deepest = max((h.layer for h in self._source.hooks if h.layer is not None), default=0)
-        if layer is not None and layer < deepest:
+        if layer is not None and (not isinstance(layer, int) or layer < deepest):
             raise ConfigError(
-                f"layer = {layer}, but {', '.join(self.cache_names)} reach layer {deepest}; say layer = {deepest}, or None"
+                f"layer = {layer!r}, but {', '.join(self.cache_names)} reach layer {deepest}; say layer = {deepest}, or None"
             )
         return deepest if layer is None else layer
-
-
-def _check_positive(**numbers: Any) -> None:
-    for name, n in numbers.items():
-        if not isinstance(n, int) or n < 1:
-            raise ConfigError(f"{name} = {n}; must be an integer of at least 1")
 
 
 def _progress_bar(total: int) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="activations trained on", unit=" activations", unit_scale=True)
-
-
-def _with_means(rows: dict[str, dict[str, float]]) -> dict[str, float]:
-    """{component: {figure: value}} as {"<figure>/<component>": value}, and "<figure>/mean"."""
-    flat = {f"{figure}/{name}": value for name, row in rows.items() for figure, value in row.items()}
-    for figure in next(iter(rows.values())):
-        flat[f"{figure}/mean"] = sum(row[figure] for row in rows.values()) / len(rows)
-    return flat
-
-
-def _validation_row(found: dict[str, Validation]) -> dict[str, float]:
-    losses = "validation/source_model_losses"
-    row: dict[str, float | None] = {}
-    for name, v in found.items():
-        row |= {
-            f"{losses}/{name}": v.ce_clean,
-            f"{losses}_with_reconstruction/{name}": v.ce_spliced,
-            f"{losses}_with_zero_ablation/{name}": v.ce_zero,
-            f"validation/reconstruction_score/{name}": v.reconstruction_score,
-        }
-    scores = [v.reconstruction_score for v in found.values() if v.reconstruction_score is not None]
-    if scores:
-        row["validation/reconstruction_score/mean"] = sum(scores) / len(scores)
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def _wandb_run() -> Any:
-    """The active run of wandb, where it was imported and has one."""
-    return getattr(sys.modules.get("wandb"), "run", None)
-
-
-def _log(row: dict[str, float]) -> None:
-    run = _wandb_run()
-    if run is not None:
-        run.log(row)
-
-
-def _upload(folder: Path) -> None:
-    run = _wandb_run()
-    if run is None:
-        return
-    with suppress(Exception):
-        import wandb
-
-        artifact = wandb.Artifact(folder.name, type="model")
-        artifact.add_dir(str(folder))
-        run.log_artifact(artifact)

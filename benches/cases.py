@@ -14,6 +14,7 @@ from benches.sparse_cases import (
     decode_case,
     decode_loss_case,
     dense_codes_grad_case,
+    dense_jumprelu_grad_case,
     dense_loss_case,
     grad_norms_case,
     grad_rows_case,
@@ -196,5 +197,6 @@ OTHERS: dict[str, Make] = {
     "move_rows": move_rows_case,
     "dense_loss": dense_loss_case,
     "dense_codes_grad": dense_codes_grad_case,
+    "dense_jumprelu_grad": dense_jumprelu_grad_case,
 }
 CASES = TARGETED | OTHERS

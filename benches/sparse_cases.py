@@ -9,6 +9,7 @@ from benches.world import N_INPUTS, Case, World
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import decode, decode_ref
 from fastsae_kernels.decode_loss import decode_loss
+from fastsae_kernels.dense_jumprelu import dense_jumprelu_grad, dense_jumprelu_grad_ref
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_codes_grad_ref, dense_loss, dense_loss_ref
 from fastsae_kernels.move_rows import move_rows, move_rows_ref
 from fastsae_kernels.testing import Tensors, assert_as_accurate, assert_close
@@ -227,6 +228,24 @@ def dense_codes_grad_case(w: World) -> Case:
         lambda i: op(g[i], acts[i]),
         w.rivals(ref, lambda i: (g[i], acts[i])),
         lambda: assert_as_accurate(op, ref, (g[0], acts[0]), grads=False),
+        n_bytes=3 * b * n * dtype.itemsize,
+    )
+
+
+def dense_jumprelu_grad_case(w: World) -> Case:
+    b, _, n, _, dtype = w.shape
+    g, level = w.pre[::-1], torch.full((n,), 1.0, device=w.device)
+
+    def ref(g: Tensor, pre: Tensor, level: Tensor) -> Any:
+        return dense_jumprelu_grad_ref(g, pre, level, bandwidth=0.25)
+
+    def op(g: Tensor, pre: Tensor, level: Tensor) -> Any:
+        return dense_jumprelu_grad(g, pre, level, bandwidth=0.25)
+
+    return Case(
+        lambda i: op(g[i], w.pre[i], level),
+        w.rivals(ref, lambda i: (g[i], w.pre[i], level)),
+        lambda: assert_as_accurate(op, ref, (g[0], w.pre[0], level), grads=False),
         n_bytes=3 * b * n * dtype.itemsize,
     )
 

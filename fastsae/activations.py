@@ -51,7 +51,12 @@ def jumprelu(
 ) -> Float[Tensor, "*batch d_sae"]:
     """Every latent above its threshold, which is at least 0, is active. (The threshold gets no gradient here: losses.jumprelu.)"""
     assert threshold is not None
-    return pre_acts.relu() * above(pre_acts, threshold)
+    if torch.is_grad_enabled():
+        return pre_acts.relu() * above(pre_acts, threshold)
+    over = torch.sub(
+        pre_acts, threshold, out=torch.empty_like(pre_acts)
+    )  # above 0 where pre_acts are above it
+    return where_active(pre_acts, over, out=over)
 
 
 def above(
@@ -88,11 +93,6 @@ def smallest_active(acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
     """The smallest positive latent of the batch; 0 where none is."""
     level = torch.nn.functional.threshold(acts, 0, torch.inf).amin()
     return torch.where(level.isinf(), 0, level)
-
-
-def times_active_(acts: Float[Tensor, "batch d_sae"], dtype: torch.dtype) -> Float[Tensor, " d_sae"]:
-    """How often each latent is active. acts are overwritten: fresh memory would cost several times as much."""
-    return acts.sign_().sum(0, dtype=dtype)
 
 
 def where_active(

@@ -1,5 +1,8 @@
 """The dense path of TrainStep: five matrix products over [batch, d_sae], for many active latents. losses.total is what it
 differentiates.
+
+What lies between the products is one op each at the decoder's output and at its input, so that no more than two tensors of [batch, d_sae]
+live at once. Dead latents' auxiliary loss goes by codes, as on the sparse path.
 """
 
 from typing import NamedTuple, Self
@@ -8,12 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsae.activations import activate, smallest_active, times_active_, where_active
+from fastsae.activations import activate, smallest_active
 from fastsae.counters import StepOutput
-from fastsae.losses import Terms, aux_acts, aux_weight, band, l0, l0_slope, smooth_count
+from fastsae.losses import TANH_SCALE, Terms, l0, l0_slope, smooth_count
 from fastsae.sae import SAE
 
 TINY = 1e-12
+CHUNK = {"cpu": 2**18, "cuda": 2**25}  # elements of acts that the smooth count looks at at a time
 
 
 class Gradients(NamedTuple):
@@ -73,97 +77,105 @@ def gradients(
     dtype of the parameters. g_b_dec needs no product with x's gradient: it is
     sum_b g - W_enc (sum_b g_pre), with g the gradient at x_hat.
     """
+    import fastsae_kernels as ops  # loads triton: not at the top
+
     cfg, acc, batch = sae.cfg, sae.W_dec.dtype, len(x)
     W_enc, W_dec = sae.W_enc.to(compute), sae.W_dec.to(compute)
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(compute)
+    norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else None
     pre_acts = torch.addmm(sae.b_enc.to(compute), centred, W_enc)
-    acts = activate(pre_acts, cfg, sae.threshold)
-    with_auxk = terms.auxk_coefficient is not None and terms.dead_mask is not None
-    if not with_auxk and cfg.activation != "jumprelu":
-        del pre_acts  # two tensors of [batch, d_sae] are enough
-
+    acts = pre_acts.relu_() if cfg.activation == "relu" else activate(pre_acts, cfg, sae.threshold)
+    if cfg.activation != "jumprelu":
+        del pre_acts
     level = smallest_active(acts) if cfg.activation == "batchtopk" else None
-    error = (acts @ W_dec).to(acc) + sae.b_dec - target
-    g = error * (2 / batch)
-    g_c = g.to(compute)
-    norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else torch.ones_like(sae.b_enc)
-    acts_sum = acts.sum(0, dtype=acc)
-    losses = _losses(error, acts, norms, terms) if with_losses else None
-    g_acts = g_c @ W_dec.T
-    grads = {"W_dec": (acts.T @ g_c).to(acc)}
-    if terms.l1_coefficient is not None:
-        weight = terms.l1_coefficient / batch
-        g_acts += (weight * norms).to(compute)
-        if cfg.decoder_norm == "free":
-            grads["W_dec"] += (weight * acts_sum / norms.clamp(min=TINY))[:, None] * sae.W_dec
-    mse, l1 = error.square().sum() / batch, (acts_sum * norms).sum() / batch
+    g, mse_rows, g_sum, _ = ops.dense_loss(acts @ W_dec, sae.b_dec, target, out_dtype=compute)
+    grads = {"W_dec": (acts.T @ g).to(acc)}
+    mse, losses = mse_rows.sum() / batch, mse_rows
     l0_loss = auxk = torch.zeros_like(mse)
-    if terms.l0_coefficient is not None:
-        l0_loss = _l0_term(sae, pre_acts, acts, g_acts, norms, grads, terms)
-    g_pre = where_active(g_acts, acts, out=g_acts)
-    times = times_active_(acts, acc)
-    del acts
-    l0_now = n_codes = times.sum() / batch
     if cfg.activation == "jumprelu":
-        assert sae.threshold is not None
-        n_codes = pre_acts.gt_(sae.threshold - terms.bandwidth / 2).sum(dtype=acc) / batch
-
-    if with_auxk:
-        assert terms.auxk_coefficient is not None and terms.dead_mask is not None
-        dead_acts, residual = aux_acts(pre_acts, terms.dead_mask, terms.k_aux), -error
-        weight = aux_weight(residual, terms.dead_mask, terms.k_aux)
-        error_aux = (dead_acts @ W_dec).to(acc) - residual
-        auxk = weight * error_aux.square().sum() / batch
-        g_aux = (error_aux * (2 * terms.auxk_coefficient / batch * weight)).to(compute)
-        g_dead = g_aux @ W_dec.T
-        g_pre += where_active(g_dead, dead_acts, out=g_dead)
-        grads["W_dec"] += (dead_acts.T @ g_aux).to(acc)
-
+        l1 = _weighted(acts.sum(0, dtype=acc), norms).sum() / batch
+        g_pre, l0_loss, n_fired, n_codes = _jumprelu(sae, pre_acts, acts, g, W_dec, norms, grads, terms)
+        del pre_acts
+    else:
+        weight = None
+        if terms.l1_coefficient is not None:
+            weight = torch.as_tensor(terms.l1_coefficient, dtype=acc, device=x.device)
+        g_pre, l1_rows, acts_sum, n_fired = ops.dense_codes_grad(g @ W_dec.T, acts, l1=weight, norms=norms)
+        l1, n_codes = l1_rows.sum() / batch, n_fired.sum().to(acc) / batch
+        if weight is not None:
+            losses = mse_rows + weight * l1_rows
+            if norms is not None:
+                grads["W_dec"] += (weight / batch * acts_sum / norms.clamp(min=TINY))[:, None] * sae.W_dec
+    del acts
     grads["b_enc"] = g_pre.sum(0, dtype=acc)
-    grads["b_dec"] = g.sum(0)
-    if cfg.apply_b_dec_to_input:
-        grads["b_dec"] = grads["b_dec"] - sae.W_enc @ grads["b_enc"]
     grads["W_enc"] = (g_pre.T @ centred).to(acc)
-    out = StepOutput.of(mse, l1, l0_loss, auxk, l0_now, terms)
-    return Gradients(grads, out, times, level, n_codes, losses=losses)
+    del g_pre
+    if terms.auxk_coefficient is not None and terms.dead_mask is not None:
+        from fastsae import sparse  # loads triton: not at the top
+
+        auxk, more = sparse.aux(sae, W_enc.T, W_dec, centred, g, terms)
+        for name, rows in sparse.weight_rows(more).items():
+            grads[name] += rows
+    grads["b_dec"] = g_sum
+    if cfg.apply_b_dec_to_input:
+        grads["b_dec"] = g_sum - sae.W_enc @ grads["b_enc"]
+    out = StepOutput.of(mse, l1, l0_loss, auxk, n_fired.sum().to(acc) / batch, terms)
+    return Gradients(grads, out, n_fired, level, n_codes, losses=losses if with_losses else None)
 
 
-def _losses(error: Tensor, acts: Tensor, norms: Tensor, terms: Terms) -> Float[Tensor, " batch"]:
-    losses = error.square().sum(1)
-    if terms.l1_coefficient is not None:
-        losses = losses + terms.l1_coefficient * (acts @ norms.to(acts.dtype)).to(losses.dtype)
-    return losses
+def _weighted(per_latent: Float[Tensor, " d_sae"], norms: Tensor | None) -> Float[Tensor, " d_sae"]:
+    return per_latent if norms is None else per_latent * norms
 
 
-def _l0_term(
+def _jumprelu(
     sae: SAE,
-    pre_acts: Tensor,
-    acts: Tensor,
-    g_acts: Tensor,
-    norms: Tensor,
+    pre_acts: Float[Tensor, "batch d_sae"],
+    acts: Float[Tensor, "batch d_sae"],
+    g: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    norms: Float[Tensor, " d_sae"] | None,
     grads: dict[str, Tensor],
     terms: Terms,
-) -> Float[Tensor, ""]:
-    """jumprelu's L0 loss before its coefficient. Adds its gradients to g_acts and grads, and the threshold's to the latter."""
+) -> tuple[Tensor, Float[Tensor, ""], Tensor, Float[Tensor, ""]]:
+    """The gradient at pre_acts, in acts' memory; the L0 loss before its coefficient; for how many inputs each latent is active; codes per
+    input. The smooth count adds to W_dec's gradient, and the threshold's is put beside it."""
+    import fastsae_kernels as ops  # loads triton: not at the top
+
     assert sae.threshold is not None
-    batch, acc, free = len(acts), sae.b_enc.dtype, sae.cfg.decoder_norm == "free"
+    batch, acc = len(acts), sae.b_enc.dtype
+    slope = None
     if terms.smooth:
-        counted, bend = smooth_count(acts, norms.to(acts.dtype))
-    else:
-        counted = acts.sign()
-    count = counted.sum(dtype=acc) / batch
-    del counted
-    slope = l0_slope(count, terms) / batch
-    if terms.smooth:
-        bend *= slope
-        if free:
-            grads["W_dec"] += ((bend * acts).sum(0, dtype=acc) / norms.clamp(min=TINY))[:, None] * sae.W_dec
-        g_acts += bend.mul_(norms)
-        del bend
-    in_band = band(pre_acts, sae.threshold, terms.bandwidth).to(g_acts.dtype)
-    n_in_band = in_band.sum(0, dtype=acc)
-    at_threshold = sae.threshold * where_active(g_acts, in_band, out=in_band).sum(0, dtype=acc)
+        count, bent = _smooth(acts, norms, acc)
+        slope = l0_slope(count / batch, terms) / batch
+        if norms is not None:
+            grads["W_dec"] += (slope * bent / norms.clamp(min=TINY))[:, None] * sae.W_dec
+    found = ops.dense_jumprelu_grad(
+        torch.mm(g, W_dec.T, out=acts),
+        pre_acts,
+        sae.threshold.detach(),
+        bandwidth=terms.bandwidth,
+        slope=slope,
+        norms=norms,
+        tanh_scale=TANH_SCALE,
+    )
+    at_threshold = sae.threshold * found.g_in_band
     if not terms.smooth:
-        at_threshold = at_threshold + slope * n_in_band
+        count = found.n_fired.sum().to(acc)
+        at_threshold = at_threshold + l0_slope(count / batch, terms) / batch * found.n_in_band
     grads["threshold"] = at_threshold / -terms.bandwidth
-    return l0(count, terms.target_l0)
+    l0_loss = l0(count / batch, terms.target_l0)
+    return found.g_pre, l0_loss, found.n_fired, found.n_above.sum().to(acc) / batch
+
+
+def _smooth(
+    acts: Float[Tensor, "batch d_sae"], norms: Float[Tensor, " d_sae"] | None, acc: torch.dtype
+) -> tuple[Float[Tensor, ""], Float[Tensor, " d_sae"]]:
+    """The batch's smooth count, and per latent the sum of acts times its derivative by acts * norms; a chunk of rows at a time."""
+    count, bent = acts.new_zeros((), dtype=acc), acts.new_zeros(acts.shape[1], dtype=acc)
+    ones = torch.ones_like(bent) if norms is None else norms
+    for chunk in acts.split(max(CHUNK.get(acts.device.type, CHUNK["cuda"]) // acts.shape[1], 1)):
+        rows = chunk.to(acc)
+        counted, bend = smooth_count(rows, ones)
+        count += counted.sum()
+        bent += bend.mul_(rows).sum(0)
+    return count, bent

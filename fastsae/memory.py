@@ -12,10 +12,9 @@ from fastsae.errors import ConfigError, first_line
 from fastsae.paths import first_slots
 from fastsae.ring import rows_held
 
-# On the dense path, tensors of [batch, d_sae] that live at once; AuxK and the smooth L0 count add to them. A bool counts a quarter.
-DENSE = {"relu": 2.0, "topk": 2.0, "batchtopk": 2.0, "jumprelu": 4.25}
-AUXK = 2.5
-SMOOTH = 0.75
+WIDE = 2  # on the dense path, tensors of [batch, d_sae] that live at once
+# There on a CPU, tensors of a chunk of these that live within an op, in the dtype of its sums: for fp32, and for bf16.
+CHUNKS = {"relu": (2.5, 2.5), "topk": (2.5, 2.5), "batchtopk": (2.5, 2.5), "jumprelu": (4.0, 5.5)}
 CODE_BYTES = (
     44  # on the sparse path: index and value, and what the selection and the transposition hold on the way
 )
@@ -106,25 +105,36 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
     always_sparse = shape.k is not None and shape.k <= step.crossover * shape.d_sae
     sizes = []
     if step.path == "dense" or (step.path == "auto" and not always_sparse) or may_overflow:
-        sizes.append(dense_bytes(shape, step, batch))
+        sizes.append(dense_bytes(shape, step, batch, device_type))
     if step.path != "dense":
         sizes.append(sparse_bytes(shape, step, batch, n_codes=n_codes, device_type=device_type))
     recorded = on_gpu and step.cuda_graph  # then the step has a place of its own for what it is given
     return max(sizes) + recorded * batch * shape.d_in * _master_bytes(step)
 
 
-def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
-    """pre_acts and acts, then acts and their gradient, beside the first weight gradient; or all gradients as they are projected."""
+def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
+    """pre_acts and acts, then acts and their gradient, beside the first weight gradient; or all gradients, as AuxK adds to them or as they are
+    projected."""
+    from fastsae_kernels.dense_loss import CHUNK  # loads triton: not at the top
+
     n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
     half, element = step.precision == "bf16", _master_bytes(step)
     compute = 2 if half else element
-    wide = DENSE[shape.activation] + (AUXK if step.auxk_coefficient else 0)
-    wide += SMOOTH if step.l0_loss == "tanh" else 0
-    rows = batch * (2 * d_in + 3 * d_out) * element
-    casts = n * (d_in + 2 * d_out) * 2 if half else 0
+    rows = batch * (d_in + d_out) * compute
+    casts = n * (d_in + d_out) * 2 if half else 0
     gradients = n * (d_in + d_out) * element
-    within = wide * batch * n * compute + rows + n * d_out * element + casts
-    return round(max(within, gradients + n * d_out * element))
+    chunks = CHUNKS[shape.activation][half] * min(CHUNK, batch * n) * element if device_type == "cpu" else 0
+    within = WIDE * batch * n * compute + rows + n * d_out * element + casts + chunks
+    auxk = 0
+    if step.auxk_coefficient and step.k_aux:
+        codes = batch * (step.k_aux * CODE_BYTES + 2 * d_out * element)
+        auxk = (
+            gradients
+            + rows
+            + casts
+            + max(gradients + codes, select_bytes(shape, step, batch, step.k_aux, device_type))
+        )
+    return round(max(within, auxk, gradients + n * d_out * element))
 
 
 def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int, device_type: str) -> int:
@@ -132,13 +142,8 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
 
     AuxK writes its gradients out, and selects k_aux more; the smooth L0 count beside a free decoder norm writes them out too.
     """
-    from fastsae_kernels.encode import CHUNK_ROWS, GROUP, has_fast_products  # load triton: not at the top
-    from fastsae_kernels.encode_codes import chunk_rows
-
     n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
-    half, element = step.precision == "bf16", _master_bytes(step)
-    compute = 2 if half else element
-    chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
+    element = _master_bytes(step)
     rows, auxk = batch * 2 * d_in * element, 0
     decode = batch * (3 * d_out * element + n_codes * CODE_BYTES)
     if step.auxk_coefficient and step.k_aux:
@@ -147,14 +152,25 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
         n_codes = max(n_codes, step.k_aux)
     if step.l0_loss == "tanh" and shape.decoder_norm == "free":  # writes its gradients out
         auxk = n * (d_in + 2 * d_out) * element + batch * n_codes * CODE_BYTES
+    return round(rows + max(select_bytes(shape, step, batch, n_codes, device_type), decode, auxk))
+
+
+def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, device_type: str) -> int:
+    """A chunk of pre_acts, and what finding n_codes of each row in it holds."""
+    from fastsae_kernels.encode import CHUNK_ROWS, GROUP, has_fast_products  # load triton: not at the top
+    from fastsae_kernels.encode_codes import chunk_rows
+
+    n, half = shape.d_sae, step.precision == "bf16"
+    compute = 2 if half else _master_bytes(step)
+    chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     n_groups = -(-n // GROUP)
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
     select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * CODE_BYTES)
     wide = chunk * (n + n_groups) * compute
     if half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16)):
-        wide += n * d_in * 4
+        wide += n * shape.d_in * 4
         select = max(select, min(chunk, CHUNK_ROWS) * n * 4)
-    return round(rows + max(wide + select, decode, auxk))
+    return round(wide + select)
 
 
 def _master_bytes(step: StepConfig) -> int:

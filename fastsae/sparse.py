@@ -185,20 +185,24 @@ def aux(
     sae: SAE,
     W_encT: Tensor,
     W_dec: Tensor,
-    main: Pass,
+    x: Float[Tensor, "batch d_in"],
+    g: Float[Tensor, "batch d_out"],
     terms: Terms,
 ) -> tuple[Float[Tensor, ""], Pass]:
-    """The auxiliary loss before its coefficient, and its pass, gradients weighted. See losses.auxk."""
+    """The auxiliary loss before its coefficient, and its pass, gradients weighted. See losses.auxk.
+
+    x: the encoder's operand. g: the gradient of the mse at x_hat, 2 / batch times what is left to explain.
+    """
     dead_mask, k_aux = terms.dead_mask, terms.k_aux
     assert dead_mask is not None and terms.auxk_coefficient is not None
-    batch, acc = len(main.x), sae.b_enc.dtype
-    codes = _dead_codes(main.x, W_encT, sae.b_enc, dead_mask, k_aux)
-    residual = main.out.g.to(acc) * (-batch / 2)
+    batch, acc = len(x), sae.b_enc.dtype
+    codes = _dead_codes(x, W_encT, sae.b_enc, dead_mask, k_aux)
+    residual = g.to(acc) * (-batch / 2)
     out = ops.decode_loss(codes, W_dec, torch.zeros_like(sae.b_dec), residual)
     weight = aux_weight(residual, dead_mask, k_aux)
     scale = weight * terms.auxk_coefficient
     weighted = out._replace(g=(out.g * scale).to(out.g.dtype), g_values=out.g_values * scale)
-    return weight * out.mse.sum() / batch, Pass(main.x, codes, weighted, ops.transpose(codes, sae.cfg.d_sae))
+    return weight * out.mse.sum() / batch, Pass(x, codes, weighted, ops.transpose(codes, sae.cfg.d_sae))
 
 
 def _dead_codes(x: Tensor, W_encT: Tensor, b_enc: Tensor, dead_mask: Tensor, k_aux: int) -> ops.Codes:
@@ -218,10 +222,12 @@ def _dead_codes(x: Tensor, W_encT: Tensor, b_enc: Tensor, dead_mask: Tensor, k_a
 def gradients(sae: SAE, passes: list[Pass], terms: Terms) -> dict[str, Tensor]:
     """Of every parameter, W_enc latent-major; the sums over the passes of one batch, the first of which holds x_hat's loss."""
     main, acc = passes[0], sae.b_enc.dtype
-    W_encT, b_enc = _summed([ops.grad_rows(p.t, p.out.g_values, p.x) for p in passes])
     W_dec, acts_sum = ops.grad_rows(main.t, main.codes.values, main.out.g)
-    for p in passes[1:]:
-        W_dec += ops.grad_rows(p.t, p.codes.values, p.out.g)[0]
+    W_encT, b_enc = ops.grad_rows(main.t, main.out.g_values, main.x)
+    for more in map(weight_rows, passes[1:]):
+        W_encT += more["W_enc"]
+        b_enc += more["b_enc"]
+        W_dec += more["W_dec"]
     g_norms = main.g_norms
     if terms.l1_coefficient is not None and sae.cfg.decoder_norm == "free":
         g_norms = terms.l1_coefficient / len(main.x) * acts_sum
@@ -234,12 +240,10 @@ def gradients(sae: SAE, passes: list[Pass], terms: Terms) -> dict[str, Tensor]:
     return {name: g.to(acc) for name, g in grads.items()}
 
 
-def _summed(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    (W, b), *rest = pairs
-    for more_W, more_b in rest:
-        W += more_W
-        b += more_b
-    return W, b
+def weight_rows(p: Pass) -> dict[str, Tensor]:
+    """What a pass adds to the gradients of the weights, W_enc latent-major."""
+    W_encT, b_enc = ops.grad_rows(p.t, p.out.g_values, p.x)
+    return {"W_enc": W_encT, "b_enc": b_enc, "W_dec": ops.grad_rows(p.t, p.codes.values, p.out.g)[0]}
 
 
 def g_b_dec(sae: SAE, main: Pass, g_b_enc: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_out"]:

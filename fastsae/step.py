@@ -294,7 +294,7 @@ class TrainStep:
         mse, l1 = main.out.mse.sum() / batch, main.out.l1.sum() / batch
         auxk, passes = torch.zeros_like(mse), [main]
         if terms.dead_mask is not None:
-            auxk, more = sparse.aux(sae, enc.operand, dec.operand, main, terms)
+            auxk, more = sparse.aux(sae, enc.operand, dec.operand, main.x, main.out.g, terms)
             passes.append(more)
         l0_loss = torch.zeros_like(mse) if main.l0_loss is None else main.l0_loss
         out = StepOutput.of(mse, l1, l0_loss, auxk, main.l0, terms)

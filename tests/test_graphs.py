@@ -23,7 +23,9 @@ def kind_of(func):
     aliases = [r.alias_info for r in func._schema.returns]
     if any(a is not None and not a.is_write for a in aliases):
         return VIEW
-    return IN_PLACE if func._schema.is_mutable else FRESH
+    return (
+        IN_PLACE if any(a is not None for a in aliases) else FRESH
+    )  # an op of ours may write to one tensor and return others
 
 
 class Tape(TorchDispatchMode):

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from fastsae import activations, dense, losses
+import fastsae_kernels as ops
+from fastsae import activations, losses, sparse
 from fastsae.activations import activate, largest
 from fastsae.config import OWN_FIELDS, SAEConfig, StepConfig
 from fastsae.dense import gradients
@@ -78,9 +79,10 @@ class Selections:
         self.seen, self.at, self.masks = [], None, {}
         for home, name in ((activations, "largest"), (losses, "largest"), (activations, "largest_of_batch")):
             monkeypatch.setattr(home, name, self.wrap(getattr(home, name)))
-        for home, name in itertools.product((activations, losses, dense), ("above", "band")):
-            if hasattr(home, name):
-                monkeypatch.setattr(home, name, self.wrap_mask(name, getattr(home, name)))
+        for home, name in ((activations, "above"), (losses, "above"), (losses, "band")):
+            monkeypatch.setattr(home, name, self.wrap_mask(name, getattr(home, name)))
+        monkeypatch.setattr(sparse, "_dead_codes", self.wrap_codes(sparse._dead_codes))
+        monkeypatch.setattr(ops, "dense_jumprelu_grad", self.wrap_band(ops.dense_jumprelu_grad))
 
     def wrap(self, select):
         def wrapped(values, *args):
@@ -97,6 +99,22 @@ class Selections:
             if self.at is None:
                 self.masks[name] = compare(*args)
             return self.masks[name]
+
+        return wrapped
+
+    def wrap_codes(self, select):
+        def wrapped(*args):
+            codes = select(*args)
+            self.seen.append(ops.to_dense(codes, D_SAE).sign())
+            return codes
+
+        return wrapped
+
+    def wrap_band(self, op):
+        def wrapped(g_acts, pre_acts, threshold, *, bandwidth, **options):
+            losses.above(pre_acts, threshold)
+            losses.band(pre_acts, threshold, bandwidth)
+            return op(g_acts, pre_acts, threshold, bandwidth=bandwidth, **options)
 
         return wrapped
 

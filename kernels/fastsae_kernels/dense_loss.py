@@ -1,7 +1,7 @@
 """The pointwise parts of a dense step: loss and gradient at the decoder's output, mask and L1 at its input.
 
 dense_loss: error = decoded + b_dec - target, mse_b = sum_i error_bi^2, g = 2/batch error, g_sum = sum_b g_b.
-dense_codes_grad: g_pre = (g_acts + l1/batch norms) where acts > 0, with the sums and counts of acts in the same pass.
+dense_codes_grad: g_pre = (g_acts + l1/batch norms) where acts > 0, in g_acts' memory, with the sums and counts of acts in the same pass.
 Each reads its operands once; in plain torch the same takes 4 to 8 passes over [batch, d_sae]. Sums over columns go through
 partial sums of a block of rows, which a second pass adds up: no atomics, the same bits every time.
 Bound: memory, 3 * itemsize bytes an element.
@@ -15,7 +15,7 @@ from fastsae_kernels._op import op
 
 CHUNK = 2**18  # elements of a chunk of rows in the torch forms: 1 MB in fp32, a share of a core's cache
 ROWS = 64  # rows of a program of dense_codes_grad; its partial sums then are 1/64 of what it reads and writes
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor]
 
 
 @jit
@@ -58,10 +58,9 @@ def _dense_codes_grad_kernel(
     acts_ptr,
     l1_ptr,
     norms_ptr,
-    out_ptr,
     l1_partial_ptr,
-    count_partial_ptr,
     sum_partial_ptr,
+    fired_partial_ptr,
     batch,
     n,
     n_col_blocks,
@@ -79,6 +78,7 @@ def _dense_codes_grad_kernel(
     if HAS_NORMS:
         norm = tl.load(norms_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
     acts_sum = tl.zeros((BLOCK_N,), tl.float32)
+    fired = tl.zeros((BLOCK_N,), tl.int32)
     for first in range(0, ROWS, BLOCK_B):
         rows = row_block * ROWS + first + tl.arange(0, BLOCK_B)
         row_mask = rows < batch
@@ -89,12 +89,13 @@ def _dense_codes_grad_kernel(
         off = acts <= 0  # false for NaN, which so stays visible
         if HAS_L1:
             g += (tl.load(l1_ptr).to(tl.float32) / batch) * norm[None, :]
-        tl.store(out_ptr + at, tl.where(off, 0.0, g).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(g_ptr + at, tl.where(off, 0.0, g).to(g_ptr.dtype.element_ty), mask=mask)
         acts_sum += tl.sum(acts, axis=0)
-        partial = rows * n_col_blocks + col_block
-        tl.store(l1_partial_ptr + partial, tl.sum(acts * norm[None, :], axis=1), mask=row_mask)
-        tl.store(count_partial_ptr + partial, tl.sum(tl.where(off, 0, 1), axis=1), mask=row_mask)
+        fired += tl.sum(tl.where(off, 0, 1), axis=0)
+        l1 = tl.sum(acts * norm[None, :], axis=1)
+        tl.store(l1_partial_ptr + rows * n_col_blocks + col_block, l1, mask=row_mask)
     tl.store(sum_partial_ptr + row_block * n + cols, acts_sum, mask=col_mask)
+    tl.store(fired_partial_ptr + row_block * n + cols, fired, mask=col_mask)
 
 
 def dense_loss_ref(decoded: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,11 +109,12 @@ def dense_loss_ref(decoded: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tens
 
 def dense_codes_grad_ref(
     g_acts: Tensor, acts: Tensor, *, l1: Tensor | None = None, norms: Tensor | None = None
-) -> Grads:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Into new memory."""
     norms = acts.new_ones(acts.shape[1]) if norms is None else norms
     g = g_acts if l1 is None else g_acts + l1 * norms / max(len(acts), 1)
     active = acts > 0
-    return g * active, (acts * norms).sum(1), acts.sum(0), active.sum(1, dtype=torch.int32)
+    return g * active, (acts * norms).sum(1), acts.sum(0), active.sum(0, dtype=torch.int32)
 
 
 def _dense_loss_triton(
@@ -140,14 +142,13 @@ def _dense_loss_triton(
     return g, mse, partial.sum(0)
 
 
-def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     batch, n = acts.shape
     block_n = min(next_power_of_2(n), 512)
     n_col_blocks, n_row_blocks = cdiv(n, block_n), cdiv(batch, ROWS)
-    g_pre = torch.empty_like(g_acts)
     l1_partial = acts.new_empty(batch, n_col_blocks, dtype=torch.float32)
-    count_partial = torch.empty_like(l1_partial, dtype=torch.int32)
     sum_partial = acts.new_empty(n_row_blocks, n, dtype=torch.float32)
+    fired_partial = torch.empty_like(sum_partial, dtype=torch.int32)
     launch(
         _dense_codes_grad_kernel,
         (n_col_blocks, n_row_blocks),
@@ -155,10 +156,9 @@ def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, no
         acts_ptr=acts,
         l1_ptr=l1,
         norms_ptr=norms,
-        out_ptr=g_pre,
         l1_partial_ptr=l1_partial,
-        count_partial_ptr=count_partial,
         sum_partial_ptr=sum_partial,
+        fired_partial_ptr=fired_partial,
         batch=batch,
         n=n,
         n_col_blocks=n_col_blocks,
@@ -168,7 +168,7 @@ def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, no
         BLOCK_B=8,
         BLOCK_N=block_n,
     )
-    return g_pre, l1_partial.sum(1), sum_partial.sum(0), count_partial.sum(1, dtype=torch.int32)
+    return l1_partial.sum(1), sum_partial.sum(0), fired_partial.sum(0, dtype=torch.int32)
 
 
 def _dense_loss_torch(
@@ -182,30 +182,29 @@ def _dense_loss_torch(
     return g.to(out_dtype), mse, g.sum(0)
 
 
-def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     """Chunks of rows, so that each is read from memory once; threshold_backward is the fast mask (torch.where takes 25x)."""
     (batch, n), sums = acts.shape, torch.promote_types(acts.dtype, torch.float32)
     weights = torch.ones(n, dtype=sums, device=acts.device) if norms is None else norms.to(sums)
     shift = None if l1 is None else weights * (l1.to(sums) / max(batch, 1))
-    g_pre = torch.empty_like(g_acts)
     l1_rows = acts.new_empty(batch, dtype=sums)
-    acts_sum = acts.new_zeros(n, dtype=sums)
-    counts = acts.new_empty(batch, dtype=torch.int32)
+    acts_sum, n_fired = (acts.new_zeros(n, dtype=sums) for _ in range(2))
     step = max(CHUNK // max(n, 1), 1)
+    ones = g_acts.new_ones(min(step, batch), n)
     for start in range(0, batch, step):
         rows = slice(start, min(start + step, batch))
-        a, g, out = acts[rows], g_acts[rows], g_pre[rows]
+        a, g = acts[rows], g_acts[rows]
         if shift is not None:
-            g = torch.add(g, shift, out=out)
+            torch.add(g, shift, out=g)
         mask = (
             a if a.dtype == g.dtype else (a <= 0).logical_not_().to(g.dtype)
         )  # a narrower dtype has less above 0
-        torch.ops.aten.threshold_backward.grad_input(g, mask, 0, grad_input=out)
+        torch.ops.aten.threshold_backward.grad_input(g, mask, 0, grad_input=g)
         wide = a.to(sums)
         torch.sum(wide * weights, 1, out=l1_rows[rows])  # by halves: mv's sum errs 5 times as much
         acts_sum += wide.sum(0)
-        counts[rows] = torch.count_nonzero(a, 1)
-    return g_pre, l1_rows, acts_sum, counts
+        n_fired += torch.ops.aten.threshold_backward(ones[: len(a)], mask, 0).sum(0, dtype=sums)
+    return l1_rows, acts_sum, n_fired.int()
 
 
 @op("dense_loss")
@@ -224,17 +223,17 @@ def _(
     return torch.empty_like(decoded, dtype=out_dtype), mse, mse.new_empty(decoded.shape[1])
 
 
-@op("dense_codes_grad")
-def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+@op("dense_codes_grad", mutates_args=("g_acts",))
+def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     form = _dense_codes_grad_triton if backend(acts) == "triton" else _dense_codes_grad_torch
     return form(g_acts, acts, l1, norms)
 
 
 @_dense_codes_grad.register_fake
-def _(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Grads:
+def _(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     l1_rows = acts.new_empty(acts.shape[0], dtype=torch.promote_types(acts.dtype, torch.float32))
-    counts = torch.empty_like(l1_rows, dtype=torch.int32)
-    return torch.empty_like(g_acts), l1_rows, l1_rows.new_empty(acts.shape[1]), counts
+    acts_sum = l1_rows.new_empty(acts.shape[1])
+    return l1_rows, acts_sum, torch.empty_like(acts_sum, dtype=torch.int32)
 
 
 def dense_loss(
@@ -263,16 +262,16 @@ def dense_loss(
 
 def dense_codes_grad(
     g_acts: Tensor, acts: Tensor, *, l1: Tensor | None = None, norms: Tensor | None = None
-) -> Grads:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient at the pre-activations from that at acts, and the statistics of acts, in one pass. Not differentiable.
 
     Args:
-        g_acts: [batch, d_sae], the gradient of the squared error at acts.
+        g_acts: [batch, d_sae], the gradient of the squared error at acts. Overwritten by g_pre.
         acts: [batch, d_sae], none negative; any float dtypes.
         l1: scalar tensor on the same device; None: no L1 term in g_pre.
         norms: [d_sae], what an activation counts in the L1 term; None: 1.
-    Returns: g_pre, as g_acts: g_acts + l1/batch * norms where acts > 0 (or NaN), else 0; l1 fp32 [batch], sum of acts *
-        norms; acts_sum fp32 [d_sae], column sums of acts; counts int32 [batch], active latents.
+    Returns: g_acts, which is g_pre now: g_acts + l1/batch * norms where acts > 0 (or NaN), else 0; l1 fp32 [batch], sum of acts *
+        norms; acts_sum fp32 [d_sae], column sums of acts; n_fired int32 [d_sae], for how many inputs each latent is active.
     Raises: ValueError for a shape, dtype, device or layout that does not fit.
     """
     check("acts", acts, (None, None))
@@ -282,5 +281,5 @@ def dense_codes_grad(
     if norms is not None:
         check("norms", norms, (acts.shape[1],), like=acts)
     with torch.no_grad():
-        grads: Grads = _dense_codes_grad(g_acts, acts, l1, norms)
-    return grads
+        sums: Sums = _dense_codes_grad(g_acts, acts, l1, norms)
+    return g_acts, *sums

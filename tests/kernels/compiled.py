@@ -33,6 +33,7 @@ from fastsae_kernels._rows import norms_triton, rows_triton
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import _decode_triton, _g_values_triton
 from fastsae_kernels.decode_loss import _decode_loss_triton
+from fastsae_kernels.dense_jumprelu import _triton as _dense_jumprelu_triton
 from fastsae_kernels.dense_loss import _dense_codes_grad_triton, _dense_loss_triton
 from fastsae_kernels.encode import _encode_triton
 from fastsae_kernels.move_rows import _move_rows_triton
@@ -137,6 +138,10 @@ def calls(s: Shape, gpu: Capability) -> Iterator[tuple[str, Callable[[], Any]]]:
     )
     yield "dense_loss", lambda: _dense_loss_triton(x, b_dec, x, s.dtype)
     yield "dense_codes_grad", lambda: _dense_codes_grad_triton(pre, pre, scalar, norms)
+    yield (
+        "dense_jumprelu_grad",
+        lambda: _dense_jumprelu_triton(pre, pre, empty(s.n), 0.25, scalar, norms, 4.0),
+    )
     yield "transpose", lambda: _transpose_triton(codes(s), s.n)
     places = integers(s.batch)
     yield "ring, write", lambda: _move_rows_triton(x, places, of(s.n, s.d), places)

@@ -13,6 +13,7 @@ from benches.world import Shape, World
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import decode
 from fastsae_kernels.decode_loss import decode_loss
+from fastsae_kernels.dense_jumprelu import dense_jumprelu_grad
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_loss
 from fastsae_kernels.encode import encode
 from fastsae_kernels.encode_codes import encode_codes
@@ -97,7 +98,10 @@ def calls(w: World) -> dict[str, Callable[[], Any]]:
         "update_rows": updated,
         "move_rows": moved,
         "dense_loss": lambda: dense_loss(x, w.b_dec, w.x[1]),
-        "dense_codes_grad": lambda: dense_codes_grad(w.pre[1], pre.relu(), l1=l1, norms=norms),
+        "dense_codes_grad": lambda: dense_codes_grad(w.pre[1].clone(), pre.relu(), l1=l1, norms=norms),
+        "dense_jumprelu_grad": lambda: dense_jumprelu_grad(
+            w.pre[1].clone(), pre, norms, bandwidth=0.5, slope=l1, norms=norms
+        ),
     }
 
 

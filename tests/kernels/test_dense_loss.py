@@ -66,9 +66,9 @@ def test_dense_codes_grad(batch, n, name, dtype, with_l1, with_norms, device):
 
     with use_backend(name):
         assert_as_accurate(of(dense_codes_grad), of(dense_codes_grad_ref), inputs, grads=False)
-        g_pre, l1_rows, acts_sum, counts = of(dense_codes_grad)(*inputs)
+        g_pre, l1_rows, acts_sum, n_fired = of(dense_codes_grad)(*inputs)
     assert g_pre.dtype == dtype and l1_rows.dtype == acts_sum.dtype == torch.float32
-    assert counts.dtype == torch.int32
+    assert n_fired.dtype == torch.int32
 
 
 def test_long_rows_are_summed_as_exactly():
@@ -88,28 +88,31 @@ def test_nan_acts_stay_visible(name, device):
     acts[3, 4] = torch.nan
     with use_backend(name):
         ones = torch.ones_like(acts)
-        g_pre, l1_rows, acts_sum, counts = dense_codes_grad(ones, acts, l1=torch.tensor(1.0, device=device))
+        g_pre, l1_rows, acts_sum, n_fired = dense_codes_grad(ones, acts, l1=torch.tensor(1.0, device=device))
     assert l1_rows.isnan().tolist() == [row == 3 for row in range(5)]
     assert acts_sum.isnan().tolist() == [latent == 4 for latent in range(9)]
-    assert torch.equal(counts, (acts != 0).sum(1, dtype=torch.int32)) and g_pre[3, 4] != 0
+    assert torch.equal(n_fired, (acts != 0).sum(0, dtype=torch.int32)) and g_pre[3, 4] != 0
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_acts_too_small_for_the_gradients_dtype_are_active(name, device):
     acts = torch.tensor([[1e-12, 0.0, 1.0]], device=device)
     with use_backend(name):
-        g_pre, _, _, counts = dense_codes_grad(torch.ones(1, 3, device=device).half(), acts)
-    assert g_pre.tolist() == [[1.0, 0.0, 1.0]] and g_pre.dtype == torch.float16 and counts.tolist() == [2]
+        g_pre, _, _, n_fired = dense_codes_grad(torch.ones(1, 3, device=device).half(), acts)
+    assert (
+        g_pre.tolist() == [[1.0, 0.0, 1.0]] and g_pre.dtype == torch.float16 and n_fired.tolist() == [1, 0, 1]
+    )
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_inputs_are_left_alone(name, device):
+def test_inputs_are_left_alone_but_for_the_gradient(name, device):
     g_acts, acts = randn(5, 9, device=device), randn(5, 9, seed=1, device=device).relu()
     before = g_acts.clone(), acts.clone()
     with use_backend(name):
-        dense_codes_grad(g_acts, acts, l1=torch.tensor(1.0, device=device))
         dense_loss(g_acts, acts[0], acts)
-    assert torch.equal(g_acts, before[0]) and torch.equal(acts, before[1])
+        assert torch.equal(g_acts, before[0])
+        assert dense_codes_grad(g_acts, acts, l1=torch.tensor(1.0, device=device))[0] is g_acts
+    assert not torch.equal(g_acts, before[0]) and torch.equal(acts, before[1])
 
 
 def test_chunks_of_rows(monkeypatch):

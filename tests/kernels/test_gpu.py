@@ -15,6 +15,7 @@ from benches.world import Shape, World
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import decode
 from fastsae_kernels.decode_loss import decode_loss
+from fastsae_kernels.dense_jumprelu import dense_jumprelu_grad
 from fastsae_kernels.dense_loss import dense_codes_grad
 from fastsae_kernels.encode import encode, encode_ref
 from fastsae_kernels.encode_codes import encode_codes
@@ -156,7 +157,8 @@ def test_no_op_with_its_sizes_given_waits(device):
         select_batchtopk(pre, k, group_max, width=k, n_tail=99)
         decode(codes, w.W_dec, training.b_dec)
         grad_rows(t, codes.values, x)
-        dense_codes_grad(pre, pre.relu())
+        dense_codes_grad(pre.clone(), pre.relu())
+        dense_jumprelu_grad(pre.clone(), pre, w.norms, bandwidth=0.1)
         training.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -227,10 +229,13 @@ def test_encode_beyond_int32(variant, device):
 def test_dense_codes_grad_beyond_int32(far):
     need(8 * FAR_BATCH * FAR_LATENTS)
     far.relu_()
-    g_pre, l1, _, counts = dense_codes_grad(far, far)
+    g_pre, l1, _, n_fired = dense_codes_grad(far.clone(), far)
     for row in ROWS:
-        assert torch.equal(g_pre[row], far[row]) and int(counts[row]) == int((far[row] > 0).sum())
+        assert torch.equal(g_pre[row], far[row])
         torch.testing.assert_close(l1[row], far[row].float().sum(), rtol=1e-4, atol=0)
+    for latents in far.split(1024, dim=1):
+        found, n_fired = n_fired.split([latents.shape[1], len(n_fired) - latents.shape[1]])
+        assert torch.equal(found, (latents > 0).sum(0, dtype=torch.int32))
 
 
 def test_weights_beyond_int32(device):

@@ -107,7 +107,7 @@ def appearing(final: Path, what: str = "") -> Iterator[Path]:
 def write_steps(folder: Path, steps: Mapping[str, TrainStep], state: Mapping[str, Any]) -> None:
     """SAEs, their steps' state, and run.json into a new folder. Raises OSError, SafetensorError or RunError."""
     for name, step in steps.items():
-        with step.averaged():
+        with step.optimizer.averaged():
             step.sae.save(folder / SAES / name)
         exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
         tensors = {k: v.contiguous() for k, v in step.state_dict().items()}

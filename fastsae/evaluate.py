@@ -16,10 +16,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from fastsae.errors import DataError, SourceError
+from fastsae.hook_points import HookPoint
 from fastsae.packing import TokenBatch
 from fastsae.sae import SAE
 from fastsae.seeds import generator
-from fastsae.source import HookPoint, Source, eval_mode
+from fastsae.source import Source, eval_mode
 from fastsae.splice import Moments, Reconstruct, Splice, n_targets, run
 
 CLEAR = 2.0  # standard errors that ce_zero - ce_clean must lie above 0

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -124,3 +125,20 @@ class Graphs:
 
 def _copies(inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     return [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
+
+
+def recorder_for(weights: Tensor) -> Callable[[], Recorder] | None:
+    """For steps on a GPU, unless the plain torch forms of the kernels run there: they size what they make by asking."""
+    device = weights.device
+    if device.type != "cuda":
+        return None
+    from fastsae_kernels._launch import backend  # loads triton: not at the top
+
+    made: WeakSet[CudaGraph] = WeakSet()
+
+    def new() -> Recorder:
+        graph = CudaGraph(device, next(iter(made), None))
+        made.add(graph)
+        return graph
+
+    return new if backend(weights) == "triton" else None

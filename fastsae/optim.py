@@ -1,4 +1,4 @@
-"""Adam as a row update, the schedules, and what keeps the decoder at norm 1."""
+"""Adam as a row update, and what keeps the decoder at norm 1."""
 
 import torch
 from jaxtyping import Float
@@ -66,16 +66,3 @@ def normalise_rows_(W_dec: Float[Tensor, "d_sae d"], skip: Float[Tensor, ""]) ->
     """Bring each row to norm 1; where skip is not 0 nothing changes."""
     norms = torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp_(min=torch.finfo(W_dec.dtype).tiny)
     W_dec.div_(norms.masked_fill_(skip != 0, 1))
-
-
-def lr_factor(step: int, warmup_steps: int, decay_fraction: float, n_steps: int | None) -> float:
-    """Share of the learning rate at `step` (from 0): linear warm-up, and a linear fall to 0 at the end."""
-    factor = min((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0
-    if n_steps and decay_fraction:
-        factor = min(factor, (n_steps - step) / (decay_fraction * n_steps))
-    return max(factor, 0.0)
-
-
-def ramp(step: int, fraction: float, n_steps: int | None) -> float:
-    """Linear rise from 0 to 1 over the first `fraction` of the run; 1 where its length is not known."""
-    return min(step / (fraction * n_steps), 1.0) if n_steps and fraction else 1.0

@@ -6,12 +6,10 @@ it and return full logits; the exception works for every model, and in the middl
 """
 
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from fastsae.bare import Bare, agree
 from fastsae.boot import boot, weights_of
 from fastsae.config import ModelConfig
 from fastsae.errors import SourceError, first_line
+from fastsae.hook_points import HookFn, HookPoint, probe_lengths, probe_tokens, resolve_hooks
 from fastsae.lanes import to_device
 
 # Hook points that fire only while a switch of TransformerLens is on: end of the name -> the switch.
@@ -47,23 +46,6 @@ FAILURES = (
     SourceError,
 )
 """What somebody else's modules, and a compiler of them, raise where a faster way is not to be had."""
-
-HookFn = Callable[[Tensor], Tensor | None]
-"""Takes activations [n, context, width]; what it returns, if anything, takes their place."""
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """One place in the source model."""
-
-    name: str
-    """As the user wrote it, or as a pattern expanded to it."""
-    resolved: str
-    """The model's own name for the place."""
-    layer: int | None
-    """The first number in the name."""
-    width: int
-    """Size of its activations per token; heads are laid side by side."""
 
 
 class _Stop(BaseException):
@@ -120,8 +102,8 @@ class Source:
             bare = Bare(self.model)
             if not all(bare.place(hook.resolved) for hook in self.hooks):
                 return False
-            for length in _probe_lengths(self):
-                tokens = _probe_tokens(self, length)
+            for length in probe_lengths(self):
+                tokens = probe_tokens(self, length)
                 slow = self._seen(tokens)
                 self._bare = bare
                 fast = self._seen(tokens)
@@ -228,7 +210,7 @@ class Source:
                 if silent:
                     raise SourceError(f"{', '.join(silent)} did not fire in a forward")
                 return None
-        logits, silent = self._run(tokens, hooks, stop)
+        logits, silent = self.run(tokens, hooks, stop)
         if silent:
             raise SourceError(f"{', '.join(silent)} did not fire in a forward")
         return logits
@@ -256,10 +238,10 @@ class Source:
         return [hooks[number][0] for number in sorted(waiting)]
 
     @torch.no_grad()
-    def _run(
+    def run(
         self, tokens: Tensor, hooks: Sequence[tuple[str, HookFn]], stop: bool
     ) -> tuple[Tensor | None, list[str]]:
-        """`forward`, and the places that did not fire."""
+        """`forward` through the model as TransformerLens made it: the logits, and the places that did not fire."""
         points, waiting = self.model.hook_dict, set(range(len(hooks)))
 
         def attached(number: int, fn: HookFn) -> Callable[..., Tensor | None]:
@@ -313,99 +295,10 @@ def load_source(cfg: ModelConfig, device: torch.device, model: Any | None = None
             warnings.warn(
                 f"the model's weights are {source.weights}; model.weights is not used", stacklevel=2
             )
-    source.hooks = resolve_hooks(source.model, cfg.hook)
+    source.hooks = resolve_hooks(source, cfg.hook)
     source.ce_reason = _no_cross_entropy(source, missing)
     source.take_short_way()
     return source
-
-
-def resolve_hooks(model: Any, patterns: Sequence[str]) -> tuple[HookPoint, ...]:
-    """The hook points that names and patterns stand for; `*` matches within one part of a name.
-
-    Two tiny forwards tell which places fire, and how wide their activations are. Raises SourceError for
-    no name, an unknown one, a place named twice, one that never fires or fires twice in a forward, and one
-    whose activations are not [batch, pos, width] or [batch, pos, head, d_head].
-    """
-    resolved: dict[str, str] = {}
-    for pattern in patterns:
-        for name, place in _expand(model, pattern).items():
-            if place in resolved:
-                raise SourceError(f"model.hook: {name} and {resolved[place]} are the same place; drop one")
-            resolved[place] = name
-    if not resolved:
-        raise SourceError(
-            'model.hook names no hook point; for example model.hook = "blocks.1.hook_resid_pre"'
-        )
-    source = Source(model, None, "")
-    seen = [_probe(source, list(resolved), length) for length in _probe_lengths(source)]
-    found = []
-    for place, name in resolved.items():
-        shapes = [shapes[place] for shapes in seen]
-        problem = _problem(shapes, _probe_lengths(source))
-        if problem:
-            raise SourceError(f"{name} {problem}; it cannot be trained on")
-        layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", place)
-        found.append(HookPoint(name, place, int(layer[1]) if layer else None, shapes[0][0][2]))
-    return tuple(found)
-
-
-def _expand(model: Any, pattern: str) -> dict[str, str]:
-    """name -> resolved name of everything that `pattern` matches, by layer; one name for a place."""
-    names = {name: point.name or name for name, point in model.hook_dict.items()}
-    if "*" not in pattern and pattern in names:
-        return {pattern: names[pattern]}
-    regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]*"))
-    matches = [name for name in names if regex.fullmatch(name)] if "*" in pattern else []
-    if not matches:
-        concrete = pattern.replace("*", "0")
-        near = get_close_matches(concrete, names, n=5, cutoff=0.6) or sorted(names)[:5]
-        raise SourceError(f"model.hook: the model has no {pattern}; nearest: {', '.join(near)}")
-    matches.sort(
-        key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    )
-    first: dict[str, str] = {}
-    for name in matches:
-        first.setdefault(names[name], name)
-    return {name: place for place, name in first.items()}
-
-
-def _probe_lengths(source: Source) -> tuple[int, int]:
-    longest = min(4, source.n_ctx or 4)
-    return longest, max(longest - 1, 1)
-
-
-def _probe_tokens(source: Source, length: int) -> Int[Tensor, "2 length"]:
-    """Two contexts that differ in their last token."""
-    tokens = torch.arange(1, length + 1).repeat(2, 1)
-    tokens[1, -1] += 1
-    return tokens % source.d_vocab
-
-
-def _probe(source: Source, places: list[str], length: int) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes that each place saw in one forward, heads flattened; () for what is no activation."""
-    seen: dict[str, list[tuple[int, ...]]] = {place: [] for place in places}
-
-    def record(shapes: list[tuple[int, ...]]) -> HookFn:
-        def fn(acts: Tensor) -> None:
-            shapes.append(tuple(acts.shape) if acts.is_floating_point() else ())
-
-        return fn
-
-    source._run(_probe_tokens(source, length), [(place, record(seen[place])) for place in places], stop=False)
-    return seen
-
-
-def _problem(seen: Sequence[list[tuple[int, ...]]], lengths: Sequence[int]) -> str | None:
-    """What is wrong with a place that saw these shapes in forwards of 2 contexts of these lengths."""
-    if any(len(shapes) != 1 for shapes in seen):
-        n = max(len(shapes) for shapes in seen)
-        return f"fires {n} times in a forward" if n else "never fires in a forward of this model"
-    shapes = [shapes[0] for shapes in seen]
-    if any(len(shape) != 3 or shape[:2] != (2, n) for shape, n in zip(shapes, lengths, strict=True)) or (
-        shapes[0][2] != shapes[1][2]
-    ):
-        return "does not yield one activation per token ([batch, pos, width] or [batch, pos, head, d_head])"
-    return None
 
 
 def _no_cross_entropy(source: Source, missing: Iterable[str]) -> str | None:
@@ -417,7 +310,7 @@ def _no_cross_entropy(source: Source, missing: Iterable[str]) -> str | None:
     inner = getattr(source.model, "original_model", None)
     if inner is not None:
         name = type(inner).__name__
-    logits = source.forward(_probe_tokens(source, _probe_lengths(source)[0]))
+    logits = source.forward(probe_tokens(source, probe_lengths(source)[0]))
     sizes = {source.d_vocab, int(getattr(cfg, "d_vocab_out", source.d_vocab))}
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[-1] not in sizes:
         return f"{name} yields no next-token logits"

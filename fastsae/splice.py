@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fastsae.hook_points import HookPoint
 from fastsae.packing import TokenBatch
-from fastsae.source import HookPoint, Source
+from fastsae.source import Source
 
 CHUNK_NUMEL = 2**25  # elements of the largest temporary: 128 MB in fp32
 

@@ -4,10 +4,9 @@ No autograd graph; figures are added up on the device, and `read` fetches them. 
 same numbers: dense.py for many active latents, sparse.py for few.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Self
-from weakref import WeakSet
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,37 +16,19 @@ from fastsae.config import ResampleConfig, SAEConfig, StepConfig, resolved_step
 from fastsae.counters import Counters, StepOutput
 from fastsae.dense import Gradients, gradients
 from fastsae.errors import ConfigError
-from fastsae.graphs import CudaGraph, Graphs, Recorder
+from fastsae.graphs import Graphs, recorder_for
 from fastsae.losses import Terms
 from fastsae.metrics import short_count
-from fastsae.optim import adam_, clip_scale, global_norm, lr_factor, normalise_rows_, project_rows_, ramp
+from fastsae.optimizer import Optimizer
 from fastsae.paths import Capacity, DeadChoice, PathChoice
 from fastsae.resample import Resampler
 from fastsae.sae import SAE
+from fastsae.schedule import Scalars, learning_rate, scalars
 
 if TYPE_CHECKING:
     from fastsae import sparse
-    from fastsae.sparse import Shadows
 
 THRESHOLD_RATE = 0.01  # of batchtopk's running threshold per step, SAELens' topk_threshold_lr
-
-
-class Scalars(NamedTuple):
-    """What changes from step to step, on the device: a recorded step follows it."""
-
-    rows: Float[Tensor, "6"]
-    """As update_rows reads them."""
-    lr: Float[Tensor, ""]
-    l1: Float[Tensor, ""]
-    l0: Float[Tensor, ""]
-    step: Float[Tensor, ""]
-    """Counts from 1."""
-    ema: Float[Tensor, ""]
-    """Weight of the new weights in their running mean."""
-
-    @classmethod
-    def of(cls, there: Float[Tensor, "10"]) -> Self:
-        return cls(there[:6], there[0], *there[6:].unbind())
 
 
 class Moved(NamedTuple):
@@ -91,38 +72,21 @@ class TrainStep:
             raise ConfigError(
                 f"step.precision = {self.cfg.precision} trains {master} parameters, not {sae.W_dec.dtype}"
             )
-        assert self.cfg.betas != "auto"
-        self.betas = self.cfg.betas
         self.compute = torch.bfloat16 if self.cfg.precision == "bf16" else master
         self.n_done = self.n_tokens = 0
-        short = torch.bfloat16 if self.cfg.first_moment == "bf16" else None
-        forgets = self.betas[0] == 0  # then there is no first moment to keep
-        self.moments: dict[str, tuple[Tensor | None, Tensor]] = {
-            p: (
-                None if forgets else torch.zeros_like(w, dtype=short if w.ndim == 2 else None),
-                torch.zeros_like(w),
-            )
-            for p, w in self._rows().items()
-        }
-        # steps for which the second moments of an idle latent have not decayed yet: the sparse path may leave its rows be
-        self._behind = {
-            name: torch.zeros_like(sae.b_enc, dtype=torch.int32) for name in ("W_enc", "W_dec") if forgets
-        }
-        self._any_behind = False
-        self._average = (
-            None if self.cfg.ema_decay is None else {p: w.clone() for p, w in self._rows().items()}
-        )
+        self.optimizer = Optimizer(sae, self.cfg, self.compute)
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
         self.times_fired = torch.zeros_like(self.tokens_since_fired)
         self.resampler = (
-            None if resample is None else Resampler(resample, sae, self.times_fired, self.moments, seed)
+            None
+            if resample is None
+            else Resampler(resample, sae, self.times_fired, self.optimizer.moments, seed)
         )
         self._with_losses = False  # each input's own, of the next step
         self._dead = DeadChoice(self.cfg, sae.W_dec.device)
         place = self.cfg, sae.cfg, sae.W_dec.device
         self._counters, self._path, self._capacity = Counters(sae), PathChoice(*place), Capacity(*place)
-        self._graphs = Graphs(_recorder(sae) if self.cfg.cuda_graph else None)
-        self._shadows: Shadows | None = None
+        self._graphs = Graphs(recorder_for(sae.W_dec) if self.cfg.cuda_graph else None)
 
     @torch.no_grad()
     def __call__(
@@ -139,11 +103,12 @@ class TrainStep:
         width = self._capacity.at(self.n_done) if sparse else None
         one_pass = sparse and self._is_one_pass(may_be_dead)
         if not one_pass:
-            self._catch_up()
+            self.optimizer.catch_up()
         if self.resampler is not None:
             self.resampler.before_step()
             self._with_losses = self.resampler.wants_losses
-        operands, now = self._operands() if sparse else None, self._scalars(len(x))
+        operands = self.optimizer.operands() if sparse else None
+        now = scalars(self.cfg, self.n_done, self.n_steps, len(x), self.sae.W_dec)
 
         def run(x: Tensor, target: Tensor | None, now: Tensor) -> tuple[StepOutput, Tensor | None]:
             return self._on_device(x, target, now, operands, may_be_dead)
@@ -161,12 +126,10 @@ class TrainStep:
                 moved = self._graphs(key, move, x, target, now, around=around)
                 if self._capacity.overflowed():
                     one_pass = False
-                    self._catch_up()
+                    self.optimizer.catch_up()
                     moved = self._move(x, target, Scalars.of(now), None, may_be_dead)
                 out, losses = self._book(moved, Scalars.of(now))
-        if self._shadows is not None:
-            self._shadows.renewed() if one_pass else self._shadows.outdated()
-        self._any_behind = one_pass
+        self.optimizer.moved(one_pass=one_pass)
         self.n_done += 1
         self.n_tokens += len(x)
         if self.resampler is not None:
@@ -205,7 +168,7 @@ class TrainStep:
             found, grad_norm = self._one_pass(x, target, now, terms, *operands, width)
         else:
             found = self._gradients(x, target, terms, operands, width)
-            grad_norm = self._update(found.params, found.out.loss, now, self._fits(found, width))
+            grad_norm = self.optimizer.update(found.params, found.out.loss, now, self._fits(found, width))
         return Moved(found._replace(params={}), grad_norm, target)
 
     def _book(self, moved: Moved, now: Scalars) -> tuple[StepOutput, Tensor | None]:
@@ -221,9 +184,7 @@ class TrainStep:
             level = torch.where(counts, level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
         self._counters.add(found.out, target, grad_norm, now.step - 1)
-        if self._average is not None:
-            for name, w in self._rows().items():
-                self._average[name].lerp_(w, now.ema)
+        self.optimizer.add_to_average(now.ema)
         return found.out, found.losses
 
     def _fits(self, found: Gradients, width: int | None) -> Bool[Tensor, ""] | None:
@@ -269,12 +230,13 @@ class TrainStep:
 
         found, main = self._sparse(x, target, terms, enc, dec, width)
         fits = self._fits(found, width)  # now, so that the host knows while the weights are still under way
-        bias = (self.sae.b_enc.detach(), *self.moments["b_enc"])
+        own = self.optimizer
+        bias = (self.sae.b_enc.detach(), *own.moments["b_enc"])
         grad_norm, rest = sparse.update(
-            self.sae, self.cfg, main, enc, dec, bias, now.rows, self.betas, self._behind, fits
+            self.sae, self.cfg, main, enc, dec, bias, now.rows, own.betas, own.behind, fits
         )
         for name, g in rest.items():
-            self._adam(name, g, now.rows[3], now.rows[5], now)
+            own.adam(name, g, now.rows[3], now.rows[5], now)
         return found, grad_norm
 
     def _sparse(
@@ -316,40 +278,6 @@ class TrainStep:
         smooth = self.cfg.l0_loss == "tanh" and self.sae.cfg.decoder_norm == "free"
         return not (may_be_dead or smooth or self.cfg.accumulate > 1)
 
-    def _catch_up(self) -> None:
-        """Second moments as if they had been stepped with all others at every step."""
-        for name, steps in self._behind.items() if self._any_behind else ():
-            decay = torch.pow(self.betas[1], steps.to(self.sae.b_enc.dtype))
-            self.moments[name][1].mul_(decay[:, None])
-            if name == "W_enc":
-                self.moments["b_enc"][1].mul_(decay)
-            steps.zero_()
-
-    def _operands(self) -> tuple["sparse.Rows", "sparse.Rows"]:
-        from fastsae import sparse  # loads triton: not at the top
-
-        self._shadows = self._shadows or sparse.Shadows(self.sae, self.compute)
-        params = self._rows()
-        enc, dec = (
-            sparse.Rows(params[name], *self.moments[name], self._shadows.of(name))
-            for name in ("W_enc", "W_dec")
-        )
-        return enc, dec
-
-    def _scalars(self, batch: int) -> Float[Tensor, "10"]:
-        """For Scalars.of, on their way to the device; no wait for it."""
-        cfg, t = self.cfg, self.n_done + 1
-        beta1, beta2 = self.betas
-        l1 = (cfg.l1_coefficient or 0.0) * ramp(self.n_done, cfg.l1_warmup_fraction, self.n_steps)
-        l0 = (cfg.l0_coefficient or 0.0) * ramp(self.n_done, cfg.l0_warmup_fraction, self.n_steps)
-        ema = 1 - min(
-            cfg.ema_decay or 0.0, t / (t + 9)
-        )  # the first steps, far from where it goes, soon count little
-        values = [self.lr, 1 - beta1**t, 1 - beta2**t, 1.0, l1 / batch, 0.0, l1, l0, t, ema]
-        W = self.sae.W_dec
-        host = torch.tensor(values, dtype=W.dtype, pin_memory=W.device.type == "cuda")
-        return host.to(W.device, non_blocking=True)
-
     def _terms(self, now: Scalars, dead_mask: Tensor | None) -> Terms:
         cfg = self.cfg
         return Terms(
@@ -367,37 +295,6 @@ class TrainStep:
         """Latents that have not fired for `dead_after` activations."""
         return self.tokens_since_fired >= self.cfg.dead_after
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """In this block the SAE has the running mean of its weights, where cfg.ema_decay asks for one."""
-        own = {} if self._average is None else {name: w.clone() for name, w in self._rows().items()}
-        self.take_average()
-        try:
-            yield
-        finally:
-            rows = self._rows()
-            for name, w in own.items():
-                rows[name].copy_(w)
-
-    @torch.no_grad()
-    def take_average(self) -> None:
-        """Give the SAE the running mean of its weights for good, decoder rows at norm 1 where they are held there; the run is over."""
-        if self._average is None:
-            return
-        for name, w in self._rows().items():
-            w.copy_(self._average[name])
-        if self.sae.cfg.decoder_norm == "unit":
-            W_dec = self.sae.W_dec.detach()
-            normalise_rows_(W_dec, torch.zeros((), device=W_dec.device))
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        assert self.cfg.lr != "auto" and self.cfg.lr_warmup_steps != "auto"
-        return self.cfg.lr * lr_factor(
-            self.n_done, self.cfg.lr_warmup_steps, self.cfg.lr_decay_fraction, self.n_steps
-        )
-
     def read(self) -> dict[str, float]:
         """Means since the last read, as floats. This one waits for the device.
 
@@ -405,6 +302,7 @@ class TrainStep:
         the next step; dead_fraction_<window>; first_bad_step, the first step whose loss was not finite, or -1. With a resampler, how often it
         was time, and how many latents were dead the last time.
         """
+        lr = learning_rate(self.cfg, self.n_done, self.n_steps)
         extra = {"dead_fraction": self.dead_mask().float().mean()}
         if self.resampler is not None:
             extra["resampled_latents"] = self.resampler.n_dead
@@ -412,18 +310,11 @@ class TrainStep:
         dead = figures.pop("dead_fraction")
         if self.resampler is not None:
             figures["n_resamples"] = float(self.resampler.n_resampled)
-        return {**figures, "lr": self.lr, f"dead_fraction_{short_count(self.cfg.dead_after)}": dead}
+        return {**figures, "lr": lr, f"dead_fraction_{short_count(self.cfg.dead_after)}": dead}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the SAE's own parameters, as tensors with flat names (for safetensors)."""
-        state = {
-            f"adam.{kind}.{p}": t
-            for p, pair in self.moments.items()
-            for kind, t in zip("mv", pair, strict=True)
-            if t is not None
-        }
-        state |= {f"adam.behind.{p}": steps for p, steps in self._behind.items()}
-        state |= {f"ema.{p}": w for p, w in (self._average or {}).items()}
+        state = self.optimizer.state_dict()
         state |= {"tokens_since_fired": self.tokens_since_fired, "times_fired": self.times_fired}
         state["progress"] = torch.tensor([self.n_done, self.n_tokens])
         if self.resampler is not None:
@@ -435,75 +326,15 @@ class TrainStep:
         """Take over what `state_dict` returned. Raises KeyError for a missing tensor."""
         for name, mine in self.state_dict().items():
             mine.copy_(state[name])
+        self.optimizer.load_state_dict(state)
         for choice in self._choices():
             choice.load_state_dict(state)
         if self.resampler is not None:
             self.resampler.load_state_dict(state)
-        self._any_behind = True  # or none is; then to catch up changes nothing
         self.n_done, self.n_tokens = (int(n) for n in state["progress"])
 
     def _choices(self) -> tuple[PathChoice, Capacity, DeadChoice]:
         return self._path, self._capacity, self._dead
-
-    def _rows(self) -> dict[str, Tensor]:
-        """The parameters as the optimizer sees them: W_enc latent-major."""
-        rows = {name: p.detach() for name, p in self.sae.named_parameters()}
-        return rows | {"W_enc": rows["W_enc"].T}
-
-    def _update(
-        self, grads: dict[str, Tensor], loss: Tensor, now: Scalars, fits: Bool[Tensor, ""] | None
-    ) -> Float[Tensor, ""]:
-        """Project, clip, Adam, renormalise, in place; the gradient's global norm before clipping.
-
-        Nothing moves where the loss or the norm is not finite, or `fits` is not.
-        """
-        unit, W_dec = self.sae.cfg.decoder_norm == "unit", self.sae.W_dec.detach()
-        if unit:
-            project_rows_(grads["W_dec"], W_dec)
-        grad_norm = global_norm(list(grads.values()))
-        scale = torch.ones_like(grad_norm)
-        if self.cfg.grad_clip is not None:
-            scale = clip_scale(grad_norm, self.cfg.grad_clip)
-        finite = loss.isfinite() & grad_norm.isfinite()
-        skip = ~(finite if fits is None else finite & fits)
-        for name, g in grads.items():
-            self._adam(name, g, scale, skip, now)
-        if unit:
-            normalise_rows_(W_dec, skip)
-        return grad_norm
-
-    def _adam(self, name: str, g: Tensor, scale: Tensor, skip: Tensor, now: Scalars) -> None:
-        param = self._rows()[name]
-        adam_(
-            param,
-            g,
-            *self.moments[name],
-            step=now.step,
-            lr=now.lr,
-            betas=self.betas,
-            eps=self.cfg.eps,
-            grad_scale=scale,
-            skip=skip,
-        )
-        if name == "threshold":
-            param.clamp_(min=0)  # below 0 it would let negative pre-activations pass
-
-
-def _recorder(sae: SAE) -> Callable[[], Recorder] | None:
-    """For steps on a GPU, unless the plain torch forms of the kernels run there: they size what they make by asking."""
-    device = sae.W_dec.device
-    if device.type != "cuda":
-        return None
-    from fastsae_kernels._launch import backend  # loads triton: not at the top
-
-    made: WeakSet[CudaGraph] = WeakSet()
-
-    def new() -> Recorder:
-        graph = CudaGraph(device, next(iter(made), None))
-        made.add(graph)
-        return graph
-
-    return new if backend(sae.W_dec) == "triton" else None
 
 
 def _check_shapes(cfg: SAEConfig, x: Tensor, target: Tensor | None) -> None:

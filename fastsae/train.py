@@ -178,7 +178,7 @@ class _Loop:
         self.report()
         self.checkpoint(ring)
         for step in self.steps.values():
-            step.take_average()
+            step.optimizer.take_average()
         save_final(self.job.run_dir, self.job.saes)
         self.validations = {}
         interrupted = self.stop.is_set() and self.n_tokens < config.n_tokens
@@ -239,7 +239,7 @@ class _Loop:
             return
         with self.clock.stopped(), self.timeline.part("validation"), ExitStack() as averages:
             for step in self.steps.values():
-                averages.enter_context(step.averaged())
+                averages.enter_context(step.optimizer.averaged())
             saes = {key: (job.hook_of[key], sae) for key, sae in job.saes.items()}
             held_out, batch_size = job.tokens.validation, job.config.model.batch_size
             try:

@@ -16,7 +16,7 @@ SHAPES = [(1024, 64, 2048, 16), (512, 256, 1024, 8)]
 
 
 def moments(step):
-    return [m for pair in step.moments.values() for m in pair if m is not None]
+    return [m for pair in step.optimizer.moments.values() for m in pair if m is not None]
 
 
 def measured(activation, path, precision, batch, d_in, d_sae, k, **fields):
@@ -32,7 +32,7 @@ def measured(activation, path, precision, batch, d_in, d_sae, k, **fields):
     cfg = StepConfig(path=path, lr=1e-9, precision=precision, crossover=k / d_sae, **fields)
     step = TrainStep(sae, cfg)
     step(x)
-    copies = step._shadows._copies.values() if step._shadows is not None else ()
+    copies = step.optimizer._shadows._copies.values() if step.optimizer._shadows is not None else ()
     with LiveBytes(x, *sae.parameters(), *copies, *moments(step)) as live:
         step(x)
     return live, step, memory.step_bytes(shape, step.cfg, batch, "cpu")
@@ -62,7 +62,7 @@ def test_with_dead_latents_too(activation, path, precision, batch, d_in, d_sae, 
     """All of them, which is what AuxK's share is predicted for; with some it is less."""
     _, step, predicted = measured(activation, path, precision, batch, d_in, d_sae, k)
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0))
-    copies = step._shadows._copies.values() if step._shadows is not None else ()
+    copies = step.optimizer._shadows._copies.values() if step.optimizer._shadows is not None else ()
     peaks = []
     for n_dead in (d_sae, d_sae // 10):
         step.tokens_since_fired.zero_()

@@ -55,7 +55,7 @@ def test_dead_latents_start_again(path, betas):
         torch.testing.assert_close(sae.W_enc[:, j], share * sae.W_dec[j])
         assert sae.b_enc[j] == 0 and step.tokens_since_fired[j] == 0
         for name in ("W_enc", "W_dec", "b_enc"):
-            assert all(not m[j].any() for m in step.moments[name] if m is not None)
+            assert all(not m[j].any() for m in step.optimizer.moments[name] if m is not None)
     assert len({tuple(sae.W_dec[j].tolist()) for j in DEAD}) == 3, "without replacement"
     assert step.read()["resampled_latents"] == 3 and step.resampler.n_resampled == 1
     step(xs[0])

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from fastsae import bare
 from fastsae.config import ModelConfig
 from fastsae.errors import SourceError
-from fastsae.source import Source, load_source, resolve_hooks
+from fastsae.hook_points import resolve_hooks
+from fastsae.source import Source, load_source
 from tests.tiny_models import D_MODEL, D_VOCAB, N_CTX, N_HEADS, N_LAYERS, one_thread, save_model  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -283,7 +284,9 @@ def test_a_model_of_the_user_is_taken_as_it_is(folders):
 
 def test_resolve_hooks_alone(folders):
     model = load(folders["gpt2"]).model
-    assert [h.width for h in resolve_hooks(model, ["hook_embed", "ln_final.hook_in"])] == [D_MODEL] * 2
+    assert [h.width for h in resolve_hooks(Source(model, None, ""), ["hook_embed", "ln_final.hook_in"])] == [
+        D_MODEL
+    ] * 2
 
 
 def test_folders_that_cannot_be_loaded(tmp_path, folders):

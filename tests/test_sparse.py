@@ -9,7 +9,7 @@ import fastsae_kernels as ops
 from fastsae import activations, losses
 from fastsae.config import StepConfig
 from fastsae.losses import Terms
-from fastsae.optim import lr_factor
+from fastsae.schedule import lr_factor
 from fastsae.step import TrainStep
 from fastsae_kernels.codes import missing
 from tests.saes import BATCH, D_IN, D_SAE, FIELDS, KINDS, leaves, make_sae, weights
@@ -190,7 +190,7 @@ def test_bf16_products_read_the_weights_as_they_are():
     step = TrainStep(sae, StepConfig(precision="bf16", path="sparse", lr=1e-2))
     for x in batches(3):
         step(x)
-    shadows = step._shadows
+    shadows = step.optimizer._shadows
     assert torch.equal(shadows.of("W_dec"), sae.W_dec.bfloat16())
     assert torch.equal(shadows.of("W_enc"), sae.W_enc.detach().T.bfloat16())
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_bf16_products_read_the_weights_after_every_kind_of_step(kind, norm, fie
     for i, x in enumerate(batches(12)):
         step._path.sparse = i not in (5, 6)  # where it is auto
         step(x)
-    enc, dec = step._operands()
+    enc, dec = step.optimizer.operands()
     assert torch.equal(dec.operand, sae.W_dec.bfloat16())
     assert torch.equal(enc.operand, sae.W_enc.detach().T.bfloat16())
 

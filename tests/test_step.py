@@ -14,8 +14,8 @@ from fastsae.dense import gradients
 from fastsae.errors import ConfigError
 from fastsae.init import geometric_median, initialise
 from fastsae.losses import Terms
-from fastsae.optim import lr_factor, ramp
 from fastsae.sae import SAE
+from fastsae.schedule import lr_factor, ramp
 from fastsae.step import TrainStep
 from tests.saes import BATCH, D_IN, D_SAE, FIELDS, leaves, make_sae, weights
 
@@ -370,15 +370,15 @@ def test_a_bf16_first_moment_is_that_of_adam_rounded(path):
     full = TrainStep(sae, StepConfig(path=path, lr=1e-9, l1_coefficient=0.5))
     short = TrainStep(sae, StepConfig(path=path, lr=1e-9, l1_coefficient=0.5, first_moment="bf16"))
     full(x), short(x)
-    for name, (m, v) in short.moments.items():
+    for name, (m, v) in short.optimizer.moments.items():
         assert (
             m.dtype == (torch.bfloat16 if name.startswith("W") else torch.float32)
             and v.dtype == torch.float32
         )
-        torch.testing.assert_close(m.float(), full.moments[name][0], rtol=2**-8, atol=1e-12)
+        torch.testing.assert_close(m.float(), full.optimizer.moments[name][0], rtol=2**-8, atol=1e-12)
     other = TrainStep(sae, short.cfg)
     other.load_state_dict(short.state_dict())
-    assert torch.equal(other.moments["W_dec"][0], short.moments["W_dec"][0])
+    assert torch.equal(other.optimizer.moments["W_dec"][0], short.optimizer.moments["W_dec"][0])
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
@@ -426,10 +426,10 @@ def test_a_running_mean_of_the_weights(norm, path):
     own = {name: w.clone() for name, w in weights(sae).items()}
     other = TrainStep(make("relu", norm)[0], cfg)
     other.load_state_dict(step.state_dict())
-    other.take_average()
+    other.optimizer.take_average()
     if norm == "unit":
         mean["W_dec"] /= mean["W_dec"].norm(dim=1, keepdim=True)
-    with step.averaged():
+    with step.optimizer.averaged():
         for name, w in weights(sae).items():
             torch.testing.assert_close(w, mean[name], rtol=1e-12, atol=1e-12)
             assert not torch.equal(w, own[name])

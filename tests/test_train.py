@@ -21,6 +21,7 @@ from fastsae.configfile import load_config
 from fastsae.evaluate import evaluate
 from fastsae.harvest import Harvester
 from fastsae.log import JsonlSink, Sink
+from fastsae.optimizer import Optimizer
 from fastsae.prepare import prepare
 from fastsae.revisit import evaluate_run
 from fastsae.source import load_source
@@ -253,7 +254,7 @@ class InterruptTwice(Count):
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(config, monkeypatch):
-    real, calls = fastsae.TrainStep._update, []
+    real, calls = Optimizer.update, []
 
     def update(self, *args):
         calls.append(1)
@@ -262,7 +263,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(config, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *args)
 
-    monkeypatch.setattr(fastsae.TrainStep, "_update", update)
+    monkeypatch.setattr(Optimizer, "update", update)
     with pytest.raises(KeyboardInterrupt):
         fastsae.train(config(), sinks=[InterruptTwice()])
     assert not checkpoints(config().runs_dir / "run")

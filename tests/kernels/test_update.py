@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastsae_kernels import _rows, update
+from fastsae_kernels import _rows, _rows_torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, tail_starts, to_dense
 from fastsae_kernels.testing import assert_as_accurate, assert_close
@@ -95,7 +95,7 @@ def test_grad_rows(name, dtype, coefficients, batch, d_sae, d, width, chunk, dev
 @pytest.mark.parametrize("how", [{}, {"project": True}, {"l1_rows": True}], ids=["plain", "project", "l1"])
 @pytest.mark.parametrize("batch, d_sae, d, width, chunk", SIZES)
 def test_grad_norms(name, dtype, coefficients, batch, d_sae, d, width, chunk, how, device, monkeypatch):
-    monkeypatch.setattr(update, "BLOCK", 2 * d)  # several blocks of rows in the torch form
+    monkeypatch.setattr(_rows_torch, "BLOCK", 2 * d)  # several blocks of rows in the torch form
     gen = torch.Generator().manual_seed(1)
     codes = to(make_codes(batch, d_sae, width), device)
     own = torch.float64 if dtype == torch.float64 else torch.float32
@@ -497,7 +497,7 @@ def test_updates_repeat_to_the_bit(name, device):
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_update_is_made_of_grad_rows(name, device, monkeypatch):
     """betas (0, 1): m is the gradient itself; over several blocks of rows in the torch form."""
-    monkeypatch.setattr(update, "BLOCK", 2 * 19)
+    monkeypatch.setattr(_rows_torch, "BLOCK", 2 * 19)
     codes, source = to(make_codes(40, 7, 5), device), torch.randn(40, 19, device=device)
     got = state(7, 19, device)
     with use_backend(name):

@@ -19,10 +19,9 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
     """("where = got: ", "what is allowed"); the members of a union share their place."""
     unknown = item["type"] == "extra_forbidden"
     *path, last = item["loc"] or ("",)
-    loc = [
-        part for part in path if isinstance(part, int) or part.isidentifier()
-    ]  # the others name union members
-    loc += [last] if unknown or isinstance(last, int) or last.isidentifier() else []
+    loc = [part for part in path if isinstance(part, int) or part.isidentifier()]
+    if unknown or isinstance(last, int) or last in _fields_at(model, loc):  # else it names a union's member
+        loc.append(last)
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     if unknown:
         known = _fields_at(model, loc[:-1])
@@ -35,11 +34,14 @@ def _explain_one(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
 
 
 def _fields_at(model: type[BaseModel], loc: list[str | int]) -> list[str]:
-    """Names of the fields of the section that `loc` leads to."""
+    """Names of the fields of the section that `loc` leads to; none where it leads to a field."""
     for part in loc:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not sections:
+            return []
+        model = sections[0]
     return list(model.model_fields)

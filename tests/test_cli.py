@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -46,6 +47,13 @@ def outcome(capfd):
 def error_line(err):
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     return line
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastsae", "info", "--help"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "memory" in done.stdout.lower(), done.stderr
 
 
 def test_json_is_the_last_line_and_eval_repeats_it(run, tmp_path, monkeypatch, capfd):

@@ -106,6 +106,8 @@ def test_assignments(text, expected):
         ({"saes": [{"k": 1}, {"k": 1}]}, ["folder name", "relu-k=1"]),
         ({"saes": [{"step": {"batch_size": 3}}]}, ["batch_size"]),
         ({"sae": {"activation": "gelu"}}, ["sae.activation", "gelu", "relu", "topk"]),
+        ({"model": {"compile": "maybe"}}, ["model.compile = 'maybe'", "'auto'", "boolean"]),
+        ({"step": {"betas": [2, 0.5]}}, ["step.betas[0] = 2", "less than 1"]),
     ],
 )
 def test_bad_values_are_named_in_one_line(data, words):

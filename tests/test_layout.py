@@ -61,6 +61,7 @@ LAYERS = [
     {"sparse_autoencoder"},
     {"report"},
     {"cli"},
+    {"__main__"},
 ]
 
 

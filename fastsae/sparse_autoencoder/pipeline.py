@@ -138,10 +138,9 @@ class Pipeline:
         self._n_generated = 0
         self._n_held_out: int | None = None
         self._resume_at: dict[str, Any] | None = None
-        self._store: ActivationStore | None = None  # that of run_pipeline while it is under way
-        self._left: dict[str, Any] | None = (
-            None  # the place in a store that it ended, or a checkpoint was, in the middle of
-        )
+        # while run_pipeline is in the middle of a store, and what is left of one where it ended there, or a checkpoint did
+        self._store: ActivationStore | None = None
+        self._left: dict[str, Any] | None = None
 
     @property
     def n_components(self) -> int:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import fastsae_kernels
 
 
+CHUNK = {"cpu": 2**18}  # elements of pre_acts that jumprelu's mask is made for at a time
+
+
 class Codes(NamedTuple):
     """The active latents of a batch; slots past a row's count hold index 0 and value 0."""
 
@@ -53,10 +56,12 @@ def jumprelu(
     assert threshold is not None
     if torch.is_grad_enabled():
         return pre_acts.relu() * above(pre_acts, threshold)
-    over = torch.sub(
-        pre_acts, threshold, out=torch.empty_like(pre_acts)
-    )  # above 0 where pre_acts are above it
-    return where_active(pre_acts, over, out=over)
+    acts, width = torch.empty_like(pre_acts), pre_acts.shape[-1]
+    n_rows = max(CHUNK.get(pre_acts.device.type, 2**24) // width, 1)
+    parts = (t.view(-1, width).split(n_rows) for t in (pre_acts, acts))
+    for rows, out in zip(*parts, strict=True):
+        where_active(rows, (rows - threshold).to(rows.dtype), out=out)  # above 0 where it is active
+    return acts
 
 
 def above(

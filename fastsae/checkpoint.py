@@ -109,37 +109,53 @@ def write_steps(folder: Path, steps: Mapping[str, TrainStep], state: Mapping[str
     for name, step in steps.items():
         with step.optimizer.averaged():
             step.sae.save(folder / SAES / name)
-        exact = {f"sae.{k}": v.detach().contiguous() for k, v in step.sae.state_dict().items()}
         tensors = {k: v.contiguous() for k, v in step.state_dict().items()}
-        save_tensors({**tensors, **exact}, folder / SAES / name / STEP_FILE)
+        save_tensors({**tensors, **_exact(step.sae)}, folder / SAES / name / STEP_FILE)
     (folder / RUN_FILE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
 
 
-def read_steps(folder: Path, steps: Mapping[str, TrainStep]) -> dict[str, Any]:
-    """Bring SAEs and steps to where `write_steps` found them, to the bit; returns its state. Raises RunError where they are not in it, or of
-    another shape."""
+def read_steps(folder: Path, steps: Mapping[str, TrainStep]) -> None:
+    """Bring SAEs and steps to where `write_steps` found them, to the bit. Raises RunError where they are not in it, or of another shape; then
+    all are as they were."""
+    states = {name: _state(folder / SAES / name / STEP_FILE, step) for name, step in steps.items()}
     for name, step in steps.items():
-        _restore(folder / SAES / name / STEP_FILE, step)
+        _restore(states[name], step)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The state that `write_steps` was given. Raises RunError where it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"cannot read the checkpoint {folder}: {RUN_FILE} is no object")
     return found
 
 
-def _restore(path: Path, step: TrainStep) -> None:
+def _state(path: Path, step: TrainStep) -> dict[str, Tensor]:
+    """An SAE's and its step's tensors. Raises RunError where one is missing, or of another shape."""
     try:
         state = load_file(path)
-        own = {k.removeprefix("sae."): v for k, v in state.items() if k.startswith("sae.")}
-        for name, here in step.sae.state_dict().items():
-            if (there := own[name].shape) != here.shape:
-                raise RunError(
-                    f"cannot go on from {path}: {name} is {list(there)} there and {list(here.shape)} here"
-                )
-        step.sae.load_state_dict(own)
-        step.load_state_dict(state)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"cannot go on from {path}: {reason(error)}") from None
+    for name, here in {**_exact(step.sae), **step.state_dict()}.items():
+        if name not in state:
+            raise RunError(f"cannot go on from {path}: it has no {name}; was the run of other settings?")
+        if (there := state[name].shape) != here.shape:
+            what = f"{name.removeprefix('sae.')} is {list(there)} there and {list(here.shape)} here"
+            raise RunError(f"cannot go on from {path}: {what}")
+    return state
+
+
+def _restore(state: dict[str, Tensor], step: TrainStep) -> None:
+    step.sae.load_state_dict({name: state[f"sae.{name}"] for name in step.sae.state_dict()})
+    step.load_state_dict(state)
+
+
+def _exact(sae: SAE) -> dict[str, Tensor]:
+    """Parameters and buffers as they are, without the scale folded in."""
+    return {f"sae.{name}": t.detach().contiguous() for name, t in sae.state_dict().items()}
 
 
 def _to_disk(folder: Path) -> None:
@@ -159,20 +175,20 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.state: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            self.state = read_run(folder)
             self.forwards: dict[str, Tensor] = load_file(folder / FORWARDS_FILE)
             there = (folder / RING_FILE).exists()
             self.ring: dict[str, Tensor] | None = load_file(folder / RING_FILE) if there else None
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
-        if not isinstance(self.state, dict) or not self.state.keys() >= FIELDS:
+        if not self.state.keys() >= FIELDS:
             raise RunError(
                 f"cannot read the checkpoint {folder}: {RUN_FILE} lacks fields; was it made by another version?"
             )
 
     def restore(self, name: str, step: TrainStep) -> None:
         """Bring an SAE and its step to where they stood, to the bit. Raises RunError where they are not in it, or of another shape."""
-        _restore(self.folder / SAES / name / STEP_FILE, step)
+        _restore(_state(self.folder / SAES / name / STEP_FILE, step), step)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

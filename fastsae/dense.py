@@ -5,19 +5,21 @@ What lies between the products is one op each at the decoder's output and at its
 live at once. Dead latents' auxiliary loss goes by codes, as on the sparse path.
 """
 
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsae.activations import activate, smallest_active
+from fastsae.activations import activate, has_sparse_ops, smallest_active
 from fastsae.counters import StepOutput
-from fastsae.losses import TANH_SCALE, Terms, l0, l0_slope, smooth_count
+from fastsae.losses import TANH_SCALE, Terms, auxk, l0, l0_slope, norms_grad, smooth_count
 from fastsae.sae import SAE
 
-TINY = 1e-12
-CHUNK = {"cpu": 2**18, "cuda": 2**25}  # elements of acts that the smooth count looks at at a time
+if TYPE_CHECKING:
+    from fastsae_kernels import JumpReLUGrad
+
+SMOOTH_CHUNK = {"cpu": 2**18, "cuda": 2**22}  # elements of acts that the smooth count looks at at a time
 
 
 class Gradients(NamedTuple):
@@ -88,43 +90,67 @@ def gradients(
     if cfg.activation != "jumprelu":
         del pre_acts
     level = smallest_active(acts) if cfg.activation == "batchtopk" else None
-    g, mse_rows, g_sum, _ = ops.dense_loss(acts @ W_dec, sae.b_dec, target, out_dtype=compute)
+    g, mse_rows, g_sum = ops.dense_loss(acts @ W_dec, sae.b_dec, target, out_dtype=compute)
     grads = {"W_dec": (acts.T @ g).to(acc)}
     mse, losses = mse_rows.sum() / batch, mse_rows
-    l0_loss = auxk = torch.zeros_like(mse)
+    l0_loss = aux_loss = torch.zeros_like(mse)
     if cfg.activation == "jumprelu":
-        l1 = _weighted(acts.sum(0, dtype=acc), norms).sum() / batch
-        g_pre, l0_loss, n_fired, n_codes = _jumprelu(sae, pre_acts, acts, g, W_dec, norms, grads, terms)
-        del pre_acts
+        jump, l0_loss = _jumprelu(sae, pre_acts, acts, g, W_dec, norms, grads, terms)
+        l1 = (jump.acts_sum if norms is None else jump.acts_sum * norms).sum() / batch
+        n_codes = jump.n_above.sum().to(acc) / batch
+        g_pre, grads["b_enc"], n_fired = jump.g_pre, jump.g_sum, jump.n_fired
+        del pre_acts, jump
     else:
         weight = None
         if terms.l1_coefficient is not None:
             weight = torch.as_tensor(terms.l1_coefficient, dtype=acc, device=x.device)
-        g_pre, l1_rows, acts_sum, n_fired = ops.dense_codes_grad(g @ W_dec.T, acts, l1=weight, norms=norms)
+        g_pre, l1_rows, acts_sum, grads["b_enc"], n_fired = ops.dense_codes_grad(
+            g @ W_dec.T, acts, l1=weight, norms=norms
+        )
         l1, n_codes = l1_rows.sum() / batch, n_fired.sum().to(acc) / batch
         if weight is not None:
             losses = mse_rows + weight * l1_rows
             if norms is not None:
-                grads["W_dec"] += (weight / batch * acts_sum / norms.clamp(min=TINY))[:, None] * sae.W_dec
+                grads["W_dec"] += norms_grad(weight / batch * acts_sum, norms, sae.W_dec)
     del acts
-    grads["b_enc"] = g_pre.sum(0, dtype=acc)
     grads["W_enc"] = (g_pre.T @ centred).to(acc)
     del g_pre
     if terms.auxk_coefficient is not None and terms.dead_mask is not None:
-        from fastsae import sparse  # loads triton: not at the top
-
-        auxk, more = sparse.aux(sae, W_enc.T, W_dec, centred, g, terms)
-        for name, rows in sparse.weight_rows(more).items():
-            grads[name] += rows
+        aux_loss = _aux(sae, W_enc, W_dec, centred, g, grads, terms)
     grads["b_dec"] = g_sum
     if cfg.apply_b_dec_to_input:
         grads["b_dec"] = g_sum - sae.W_enc @ grads["b_enc"]
-    out = StepOutput.of(mse, l1, l0_loss, auxk, n_fired.sum().to(acc) / batch, terms)
+    out = StepOutput.of(mse, l1, l0_loss, aux_loss, n_fired.sum().to(acc) / batch, terms)
     return Gradients(grads, out, n_fired, level, n_codes, losses=losses if with_losses else None)
 
 
-def _weighted(per_latent: Float[Tensor, " d_sae"], norms: Tensor | None) -> Float[Tensor, " d_sae"]:
-    return per_latent if norms is None else per_latent * norms
+def _aux(
+    sae: SAE,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    centred: Float[Tensor, "batch d_in"],
+    g: Float[Tensor, "batch d_out"],
+    grads: dict[str, Tensor],
+    terms: Terms,
+) -> Float[Tensor, ""]:
+    """The auxiliary loss before its coefficient; its gradients are added to `grads`."""
+    if has_sparse_ops(centred):
+        from fastsae import sparse  # loads triton: not at the top
+
+        loss, dead = sparse.aux(sae, W_enc.T, W_dec, centred, g, terms)
+        sparse.add_rows(grads, dead)
+        return loss
+    assert terms.auxk_coefficient is not None and terms.dead_mask is not None
+    residual = g.to(sae.b_enc.dtype) * (-len(g) / 2)
+    names = ("W_enc", "b_enc", "W_dec")
+    leaves = [t.detach().requires_grad_() for t in (W_enc, sae.b_enc.to(W_enc.dtype), W_dec)]
+    with torch.enable_grad():
+        pre_acts = torch.addmm(leaves[1], centred, leaves[0])
+        loss = auxk(pre_acts, leaves[2], residual, terms.dead_mask, terms.k_aux)
+        found = torch.autograd.grad(terms.auxk_coefficient * loss, leaves)
+    for name, more in zip(names, found, strict=True):
+        grads[name] += more.T if name == "W_enc" else more
+    return loss.detach()
 
 
 def _jumprelu(
@@ -136,9 +162,9 @@ def _jumprelu(
     norms: Float[Tensor, " d_sae"] | None,
     grads: dict[str, Tensor],
     terms: Terms,
-) -> tuple[Tensor, Float[Tensor, ""], Tensor, Float[Tensor, ""]]:
-    """The gradient at pre_acts, in acts' memory; the L0 loss before its coefficient; for how many inputs each latent is active; codes per
-    input. The smooth count adds to W_dec's gradient, and the threshold's is put beside it."""
+) -> tuple["JumpReLUGrad", Float[Tensor, ""]]:
+    """What the op found, the gradient at pre_acts in acts' memory; the L0 loss before its coefficient. The smooth count adds to W_dec's gradient,
+    and the threshold's is put beside it."""
     import fastsae_kernels as ops  # loads triton: not at the top
 
     assert sae.threshold is not None
@@ -148,7 +174,7 @@ def _jumprelu(
         count, bent = _smooth(acts, norms, acc)
         slope = l0_slope(count / batch, terms) / batch
         if norms is not None:
-            grads["W_dec"] += (slope * bent / norms.clamp(min=TINY))[:, None] * sae.W_dec
+            grads["W_dec"] += norms_grad(slope * bent, norms, sae.W_dec)
     found = ops.dense_jumprelu_grad(
         torch.mm(g, W_dec.T, out=acts),
         pre_acts,
@@ -163,8 +189,7 @@ def _jumprelu(
         count = found.n_fired.sum().to(acc)
         at_threshold = at_threshold + l0_slope(count / batch, terms) / batch * found.n_in_band
     grads["threshold"] = at_threshold / -terms.bandwidth
-    l0_loss = l0(count / batch, terms.target_l0)
-    return found.g_pre, l0_loss, found.n_fired, found.n_above.sum().to(acc) / batch
+    return found, l0(count / batch, terms.target_l0)
 
 
 def _smooth(
@@ -173,7 +198,7 @@ def _smooth(
     """The batch's smooth count, and per latent the sum of acts times its derivative by acts * norms; a chunk of rows at a time."""
     count, bent = acts.new_zeros((), dtype=acc), acts.new_zeros(acts.shape[1], dtype=acc)
     ones = torch.ones_like(bent) if norms is None else norms
-    for chunk in acts.split(max(CHUNK.get(acts.device.type, CHUNK["cuda"]) // acts.shape[1], 1)):
+    for chunk in acts.split(max(SMOOTH_CHUNK.get(acts.device.type, 2**18) // acts.shape[1], 1)):
         rows = chunk.to(acc)
         counted, bend = smooth_count(rows, ones)
         count += counted.sum()

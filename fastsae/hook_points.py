@@ -113,6 +113,8 @@ def _problem(seen: Sequence[list[tuple[int, ...]]], lengths: Sequence[int]) -> s
     """What is wrong with a place that saw these shapes in forwards of 2 contexts of these lengths."""
     if any(len(shapes) != 1 for shapes in seen):
         n = max(len(shapes) for shapes in seen)
+        if n == 1:
+            return "fires in some forwards of this model and not in others"
         return f"fires {n} times in a forward" if n else "never fires in a forward of this model"
     shapes = [shapes[0] for shapes in seen]
     if any(len(shape) != 3 or shape[:2] != (2, n) for shape, n in zip(shapes, lengths, strict=True)) or (

@@ -40,6 +40,13 @@ def l1(acts: Float[Tensor, "batch d_sae"], norms: Float[Tensor, "#d_sae"] | floa
     return (acts * norms).sum(-1).mean()
 
 
+def norms_grad(
+    g_norms: Float[Tensor, " d_sae"], norms: Float[Tensor, " d_sae"], W_dec: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, "d_sae d"]:
+    """The gradient at decoder rows of a gradient at their norms."""
+    return (g_norms / norms.clamp(min=torch.finfo(norms.dtype).tiny))[:, None] * W_dec
+
+
 def l0(count: Float[Tensor, ""], target_l0: float) -> Float[Tensor, ""]:
     """How far the mean count of active latents is from its target, relative and squared (dictionary_learning's JumpReLU trainer)."""
     return (count / target_l0 - 1).square()

@@ -8,16 +8,24 @@ from contextlib import contextmanager
 import torch
 
 from fastsae.config import RunConfig, SAEConfig, StepConfig
+from fastsae.dense import SMOOTH_CHUNK
 from fastsae.errors import ConfigError, first_line
 from fastsae.paths import first_slots
 from fastsae.ring import rows_held
 
 WIDE = 2  # on the dense path, tensors of [batch, d_sae] that live at once
 # There on a CPU, tensors of a chunk of these that live within an op, in the dtype of its sums: for fp32, and for bf16.
-CHUNKS = {"relu": (2.5, 2.5), "topk": (2.5, 2.5), "batchtopk": (2.5, 2.5), "jumprelu": (4.0, 5.5)}
+CHUNKS = {"relu": (2.5, 4.5), "topk": (2.5, 4.5), "batchtopk": (2.5, 4.5), "jumprelu": (4.0, 5.5)}
+SUMS = {
+    "relu": 3,
+    "topk": 3,
+    "batchtopk": 3,
+    "jumprelu": 6,
+}  # and on a GPU, of a block of rows, which a second pass adds up
 CODE_BYTES = (
     44  # on the sparse path: index and value, and what the selection and the transposition hold on the way
 )
+TAKEN_BYTES = 28  # of a code that is left of that when gradient rows are summed
 GROUPS_PER_CODE = 1.2  # groups of latents that a selection reads, before some coincide
 
 
@@ -115,7 +123,7 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
 def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
     """pre_acts and acts, then acts and their gradient, beside the first weight gradient; or all gradients, as AuxK adds to them or as they are
     projected."""
-    from fastsae_kernels.dense_loss import CHUNK  # loads triton: not at the top
+    from fastsae_kernels.dense_loss import CHUNK, ROWS  # loads triton: not at the top
 
     n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
     half, element = step.precision == "bf16", _master_bytes(step)
@@ -123,17 +131,17 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str
     rows = batch * (d_in + d_out) * compute
     casts = n * (d_in + d_out) * 2 if half else 0
     gradients = n * (d_in + d_out) * element
-    chunks = CHUNKS[shape.activation][half] * min(CHUNK, batch * n) * element if device_type == "cpu" else 0
+    if device_type == "cpu":
+        chunks = CHUNKS[shape.activation][half] * min(CHUNK, batch * n) * element
+    else:
+        chunks = SUMS[shape.activation] * -(-batch // ROWS) * n * 4.0
+        if step.l0_loss == "tanh":
+            chunks = max(chunks, 4.0 * SMOOTH_CHUNK["cuda"] * element)
     within = WIDE * batch * n * compute + rows + n * d_out * element + casts + chunks
-    auxk = 0
+    auxk = 0.0
     if step.auxk_coefficient and step.k_aux:
-        codes = batch * (step.k_aux * CODE_BYTES + 2 * d_out * element)
-        auxk = (
-            gradients
-            + rows
-            + casts
-            + max(gradients + codes, select_bytes(shape, step, batch, step.k_aux, device_type))
-        )
+        select = select_bytes(shape, step, batch, step.k_aux, device_type)
+        auxk = gradients + rows + casts + max(auxk_bytes(shape, step, batch), select)
     return round(max(within, auxk, gradients + n * d_out * element))
 
 
@@ -144,20 +152,36 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
     """
     n, d_in, d_out = shape.d_sae, shape.d_in, shape.d_out or shape.d_in
     element = _master_bytes(step)
+    compute = 2 if step.precision == "bf16" else element
     rows, auxk = batch * 2 * d_in * element, 0
     decode = batch * (3 * d_out * element + n_codes * CODE_BYTES)
     if step.auxk_coefficient and step.k_aux:
-        rows += decode
-        auxk = n * (d_in + d_out) * element + batch * (step.k_aux * CODE_BYTES + 2 * d_out * element)
+        wide_rows = (
+            2 if shape.activation == "batchtopk" else 1
+        )  # codes of all rows are as many as of the fullest
+        rows += batch * (d_out * (element + compute) + wide_rows * n_codes * TAKEN_BYTES)
+        auxk = n * (d_in + d_out) * element + auxk_bytes(shape, step, batch)
         n_codes = max(n_codes, step.k_aux)
     if step.l0_loss == "tanh" and shape.decoder_norm == "free":  # writes its gradients out
         auxk = n * (d_in + 2 * d_out) * element + batch * n_codes * CODE_BYTES
     return round(rows + max(select_bytes(shape, step, batch, n_codes, device_type), decode, auxk))
 
 
+def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
+    """Codes of dead latents, with what they explain, and what they add to one matrix's gradient."""
+    d_in, d_out, element = shape.d_in, shape.d_out or shape.d_in, _master_bytes(step)
+    assert step.k_aux is not None
+    return batch * (step.k_aux * TAKEN_BYTES + 2 * d_out * element) + shape.d_sae * max(d_in, d_out) * element
+
+
 def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, device_type: str) -> int:
     """A chunk of pre_acts, and what finding n_codes of each row in it holds."""
-    from fastsae_kernels.encode import CHUNK_ROWS, GROUP, has_fast_products  # load triton: not at the top
+    from fastsae_kernels.encode import (
+        CHUNK_ROWS,
+        GROUP,
+        WIDE_ROWS,
+        has_fast_products,
+    )  # load triton: not at the top
     from fastsae_kernels.encode_codes import chunk_rows
 
     n, half = shape.d_sae, step.precision == "bf16"
@@ -170,6 +194,8 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     if half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16)):
         wide += n * shape.d_in * 4
         select = max(select, min(chunk, CHUNK_ROWS) * n * 4)
+    elif half and device_type == "cpu":
+        select = max(select, min(chunk, WIDE_ROWS) * n * 4)
     return round(wide + select)
 
 

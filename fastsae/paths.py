@@ -3,7 +3,7 @@ path has room. Functions of the run's own figures at fixed steps, never of a clo
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastsae.activations import may_ask
@@ -64,9 +64,9 @@ class PathChoice:
             self.sparse = seen <= self._limit * (HYSTERESIS if self.sparse else 1.0)
         return self.sparse
 
-    def add(self, l0: Float[Tensor, ""]) -> None:
-        """The step's l0."""
-        self._l0.lerp_(l0.to(self._l0.dtype), RATE)
+    def add(self, l0: Float[Tensor, ""], counts: Bool[Tensor, ""]) -> None:
+        """The step's l0, and whether that counts."""
+        self._l0.lerp_(l0.to(self._l0.dtype), RATE * counts.to(self._l0.dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
         sparse = torch.tensor(self.sparse)

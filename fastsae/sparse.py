@@ -1,7 +1,7 @@
 """The sparse path of TrainStep: behind the encoder's product everything costs what the active latents cost.
 
 encode and select, one gather of W_dec for loss and gradients, the transposed codes, and one pass over the weights that sums a
-gradient row, steps Adam with it and drops it. The same numbers as dense.gradients and optim.adam_; no [batch, d_sae] tensor
+gradient row, steps Adam with it and drops it. The same numbers as dense.gradients and optim.adam_; but for batchtopk's no [batch, d_sae] tensor
 outlives a chunk of rows, and no [d_sae, d_in] gradient exists. Where dead latents take part (AuxK), two sets of codes meet in
 the same rows: `gradients` then writes the rows out.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 import fastsae_kernels as ops
 from fastsae.activations import batchtopk_slots, may_ask
 from fastsae.config import StepConfig
-from fastsae.losses import Terms, aux_weight, l0, l0_slope, smooth_count
+from fastsae.losses import Terms, aux_weight, l0, l0_slope, norms_grad, smooth_count
 from fastsae.optim import clip_scale
 from fastsae.sae import SAE
 
@@ -122,6 +122,7 @@ def forward(
         pre_acts, group_max = ops.encode(centred, W_encT.T, sae.b_enc)
         width, n_tail = batchtopk_slots(len(x), cfg.k, cfg.d_sae, x.device)
         codes, level = ops.select_batchtopk(pre_acts, cfg.k, group_max, width=width, n_tail=n_tail)
+        del pre_acts, group_max
     else:
         codes = ops.encode_codes(
             centred,
@@ -147,7 +148,7 @@ def forward(
 
 
 def _jumprelu(threshold: Tensor, main: Pass, norms: Tensor | None, terms: Terms) -> Pass:
-    """`main` with the L0 term, the threshold's gradient, and none at the latents in the band below it. See dense._l0_term."""
+    """`main` with the L0 term, the threshold's gradient, and none at the latents in the band below it. See dense._jumprelu."""
     codes, g, batch = main.codes, main.out.g_values, len(main.x)
     values, threshold = codes.values.to(g.dtype), threshold.detach()
     taken = torch.arange(values.shape[1], device=values.device) < codes.counts[:, None]
@@ -224,26 +225,27 @@ def gradients(sae: SAE, passes: list[Pass], terms: Terms) -> dict[str, Tensor]:
     main, acc = passes[0], sae.b_enc.dtype
     W_dec, acts_sum = ops.grad_rows(main.t, main.codes.values, main.out.g)
     W_encT, b_enc = ops.grad_rows(main.t, main.out.g_values, main.x)
-    for more in map(weight_rows, passes[1:]):
-        W_encT += more["W_enc"]
-        b_enc += more["b_enc"]
-        W_dec += more["W_dec"]
+    grads = {"W_enc": W_encT, "b_enc": b_enc, "W_dec": W_dec}
+    for more in passes[1:]:
+        add_rows(grads, more)
     g_norms = main.g_norms
     if terms.l1_coefficient is not None and sae.cfg.decoder_norm == "free":
         g_norms = terms.l1_coefficient / len(main.x) * acts_sum
     if g_norms is not None:
-        norms = sae.W_dec.norm(dim=-1).clamp(min=torch.finfo(W_dec.dtype).tiny)
-        W_dec += (g_norms / norms)[:, None] * sae.W_dec
-    grads = {"W_enc": W_encT, "b_enc": b_enc, "W_dec": W_dec, "b_dec": g_b_dec(sae, main, b_enc)}
+        grads["W_dec"] += norms_grad(g_norms, sae.W_dec.norm(dim=-1), sae.W_dec)
+    grads["b_dec"] = g_b_dec(sae, main, b_enc)
     if main.g_threshold is not None:
         grads["threshold"] = main.g_threshold
     return {name: g.to(acc) for name, g in grads.items()}
 
 
-def weight_rows(p: Pass) -> dict[str, Tensor]:
-    """What a pass adds to the gradients of the weights, W_enc latent-major."""
-    W_encT, b_enc = ops.grad_rows(p.t, p.out.g_values, p.x)
-    return {"W_enc": W_encT, "b_enc": b_enc, "W_dec": ops.grad_rows(p.t, p.codes.values, p.out.g)[0]}
+def add_rows(grads: dict[str, Tensor], p: Pass) -> None:
+    """Add what a pass makes of the weights' gradients, W_enc latent-major, to them: a matrix at a time."""
+    rows, sums = ops.grad_rows(p.t, p.out.g_values, p.x)
+    grads["W_enc"] += rows
+    grads["b_enc"] += sums
+    del rows
+    grads["W_dec"] += ops.grad_rows(p.t, p.codes.values, p.out.g)[0]
 
 
 def g_b_dec(sae: SAE, main: Pass, g_b_enc: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_out"]:

@@ -174,14 +174,15 @@ class TrainStep:
     def _book(self, moved: Moved, now: Scalars) -> tuple[StepOutput, Tensor | None]:
         """What follows from a step that counts: who fired, running means, figures. Its output, and each input's loss where that is wanted."""
         sae, (found, grad_norm, target) = self.sae, moved
-        self.tokens_since_fired.add_(len(target)).masked_fill_(found.n_fired > 0, 0)
-        self.times_fired.add_(found.n_fired.to(torch.int64))
-        self._path.add(found.n_codes)
+        counts = found.out.loss.isfinite() & grad_norm.isfinite()
+        n_fired = found.n_fired.to(torch.int64) * counts
+        self.tokens_since_fired.add_(len(target) * counts).masked_fill_(n_fired > 0, 0)
+        self.times_fired.add_(n_fired)
+        self._path.add(found.n_codes, counts)
         if found.level is not None:
             assert sae.threshold is not None
             level = found.level.to(sae.threshold.dtype)
-            counts = found.out.loss.isfinite() & grad_norm.isfinite() & (level > 0) & level.isfinite()
-            level = torch.where(counts, level, sae.threshold)
+            level = torch.where(counts & (level > 0) & level.isfinite(), level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
         self._counters.add(found.out, target, grad_norm, now.step - 1)
         self.optimizer.add_to_average(now.ema)
@@ -314,27 +315,26 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the SAE's own parameters, as tensors with flat names (for safetensors)."""
-        state = self.optimizer.state_dict()
-        state |= {"tokens_since_fired": self.tokens_since_fired, "times_fired": self.times_fired}
-        state["progress"] = torch.tensor([self.n_done, self.n_tokens])
-        if self.resampler is not None:
-            state |= self.resampler.state_dict()
-        choices = {name: t for choice in self._choices() for name, t in choice.state_dict().items()}
-        return {**state, **self._counters.state, **choices}
+        state = {**self._own_state(), "progress": torch.tensor([self.n_done, self.n_tokens])}
+        for part in self._parts():
+            state |= part.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` returned. Raises KeyError for a missing tensor."""
-        for name, mine in self.state_dict().items():
+        for name, mine in self._own_state().items():
             mine.copy_(state[name])
-        self.optimizer.load_state_dict(state)
-        for choice in self._choices():
-            choice.load_state_dict(state)
-        if self.resampler is not None:
-            self.resampler.load_state_dict(state)
+        for part in self._parts():
+            part.load_state_dict(state)
         self.n_done, self.n_tokens = (int(n) for n in state["progress"])
 
-    def _choices(self) -> tuple[PathChoice, Capacity, DeadChoice]:
-        return self._path, self._capacity, self._dead
+    def _own_state(self) -> dict[str, Tensor]:
+        counts = {"tokens_since_fired": self.tokens_since_fired, "times_fired": self.times_fired}
+        return counts | self._counters.state
+
+    def _parts(self) -> list[Optimizer | PathChoice | Capacity | DeadChoice | Resampler]:
+        resampler = [] if self.resampler is None else [self.resampler]
+        return [self.optimizer, self._path, self._capacity, self._dead, *resampler]
 
 
 def _check_shapes(cfg: SAEConfig, x: Tensor, target: Tensor | None) -> None:

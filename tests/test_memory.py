@@ -54,7 +54,7 @@ def test_the_peak_is_within_a_tenth_of_its_prediction(activation, path, precisio
     assert saes + live.peak == pytest.approx(saes + predicted, rel=0.1), (live.at_peak, live.peak, predicted)
 
 
-@pytest.mark.parametrize("batch, d_in, d_sae, k", SHAPES)
+@pytest.mark.parametrize("batch, d_in, d_sae, k", [*SHAPES, (64, 64, 8192, 16), (64, 256, 4096, 16)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])

@@ -546,7 +546,35 @@ def test_329_checkpoints_are_local_before_they_are_uploaded(made, wandb):
     folder = made().save_checkpoint()
     assert run.artifacts[0].folder == str(folder) and folder.is_dir()
     wandb(FakeRun(fails=True))
-    assert made().save_checkpoint(is_final=True).is_dir(), "a failed upload loses nothing"
+    with pytest.warns(UserWarning, match="was saved and not uploaded: "):
+        assert made().save_checkpoint(is_final=True).is_dir(), "a failed upload loses nothing"
+
+
+def test_334_a_checkpoint_that_does_not_fit_changes_nothing(made, tmp_path):
+    pipeline = made()
+    pipeline.run_pipeline(**RUN, max_activations=320)
+    folder = made(run_name="other").save_checkpoint()
+    damaged = max(folder.rglob("step.safetensors"))  # the last one that is read
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    before = {k: v.clone() for k, v in pipeline.autoencoder.state_dict().items()}
+    with pytest.raises(RunError, match=r"cannot go on from .*step.safetensors"):
+        pipeline.load_checkpoint(folder)
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.autoencoder.state_dict().items())
+    assert pipeline.total_activations_trained_on == 320
+
+
+def test_334_a_checkpoint_of_the_beginning_begins_again(made):
+    """On an object that has read on since."""
+    whole, again = made(), made()
+    again._opened(1024)
+    folder = again.save_checkpoint()
+    unread = made(run_name="unread").save_checkpoint()
+    whole.run_pipeline(**RUN, max_activations=640)
+    for start in (folder, unread):
+        again.run_pipeline(**RUN, max_activations=64)
+        again.load_checkpoint(start)
+        again.run_pipeline(**RUN, max_activations=640)
+        assert_equal(whole, again)
 
 
 def test_59_no_docstring_stopes():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastsae_kernels as ops
-from fastsae import activations, losses, sparse
+from fastsae import activations, dense, losses, sparse
 from fastsae.activations import activate, largest
 from fastsae.config import OWN_FIELDS, SAEConfig, StepConfig
 from fastsae.dense import gradients
@@ -17,7 +17,7 @@ from fastsae.losses import Terms
 from fastsae.sae import SAE
 from fastsae.schedule import lr_factor, ramp
 from fastsae.step import TrainStep
-from tests.saes import BATCH, D_IN, D_SAE, FIELDS, leaves, make_sae, weights
+from tests.saes import BATCH, D_IN, D_SAE, FIELDS, KINDS, leaves, make_sae, weights
 
 
 def make(kind="relu", norm="unit", *, dtype=torch.float64, d_out=None, **fields):
@@ -148,6 +148,34 @@ def test_gradient_is_as_accurate_as_autograd(activation, norm, d_out, apply_b_de
         top = t.abs().max()
         error, allowed = (grads[name] - t).abs().max() / top, (rival[name] - t).abs().max() / top
         assert error <= 2 * allowed + 4 * eps, (name, error, allowed)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_auxk_without_the_sparse_ops_is_the_same(activation, monkeypatch):
+    """As on devices where these are not tested."""
+    sae, x, target = make(activation)
+    loss, grads = by_hand(sae, x, target, compute=torch.float64, **TERMS[activation])
+    monkeypatch.setattr(dense, "has_sparse_ops", lambda x: False)
+    plain_loss, plain = by_hand(sae, x, target, compute=torch.float64, **TERMS[activation])
+    torch.testing.assert_close(plain_loss, loss, rtol=1e-12, atol=0)
+    for name, g in grads.items():
+        torch.testing.assert_close(plain[name], g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_moves_nothing_is_not_counted(kind, path):
+    """Nobody fired on a batch whose loss is NaN, and no activation has gone by."""
+    sae = make_sae(kind, dtype=torch.float32)
+    step = TrainStep(sae, StepConfig(path=path, lr=1e-3, **FIELDS[kind]))
+    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
+    step(x)
+    counted = {name: t.clone() for name, t in step.state_dict().items() if "fired" in name or "l0" in name}
+    x[2, 1] = torch.nan
+    step(x)
+    for name, t in counted.items():
+        assert torch.equal(step.state_dict()[name], t), name
+    assert step.read()["first_bad_step"] == 1
 
 
 def test_a_wrong_gradient_is_found():

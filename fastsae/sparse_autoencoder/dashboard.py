@@ -1,10 +1,11 @@
 """Figures under the keys of that library's dashboards, and checkpoints as artifacts, on wandb."""
 
 import sys
-from contextlib import suppress
+import warnings
 from pathlib import Path
 from typing import Any
 
+from fastsae.errors import first_line
 from fastsae.evaluate import Validation
 
 
@@ -61,13 +62,15 @@ def log(row: dict[str, float]) -> None:
 
 
 def upload(folder: Path) -> None:
-    """As an artifact of wandb's active run, where there is one; a failure does no harm to what is on disk."""
+    """As an artifact of wandb's active run, where there is one. A failure is a warning: what is on disk is there."""
     run = _wandb_run()
     if run is None:
         return
-    with suppress(Exception):
+    try:
         import wandb
 
         artifact = wandb.Artifact(folder.name, type="model")
         artifact.add_dir(str(folder))
         run.log_artifact(artifact)
+    except Exception as error:  # noqa: BLE001 - whatever a network and wandb raise
+        warnings.warn(f"{folder} was saved and not uploaded: {first_line(error)}", stacklevel=3)

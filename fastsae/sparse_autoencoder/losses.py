@@ -41,14 +41,14 @@ class L1AbsoluteLoss(_Loss):
     """sum_j |acts_j|."""
 
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor:
-        return acts.abs().sum(-1)
+        return _l1(acts)
 
 
 class L2ReconstructionLoss(_Loss):
     """mean_i (x_hat - x)_i^2."""
 
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor:
-        return (x_hat - x).square().mean(-1)
+        return _l2(x, x_hat)
 
 
 @dataclass(frozen=True, init=False)
@@ -69,4 +69,12 @@ class SparseAutoencoderLoss(_Loss):
         object.__setattr__(self, "l1_coefficient", l1_coefficient)
 
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor:
-        return self.l1_coefficient * acts.abs().sum(-1) + (x_hat - x).square().mean(-1)
+        return self.l1_coefficient * _l1(acts) + _l2(x, x_hat)
+
+
+def _l1(acts: Tensor) -> Tensor:
+    return acts.abs().sum(-1)
+
+
+def _l2(x: Tensor, x_hat: Tensor) -> Tensor:
+    return (x_hat - x).square().mean(-1)

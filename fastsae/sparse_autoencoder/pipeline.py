@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fastsae.checkpoint import appearing, read_steps, write_steps
+from fastsae.checkpoint import appearing, read_run, read_steps, write_steps
 from fastsae.config import ModelConfig
 from fastsae.errors import ConfigError, DataError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
@@ -24,6 +24,7 @@ from fastsae.harvest import Harvester
 from fastsae.interrupt import InterruptedRun, interruptible, until
 from fastsae.packing import TokenBatch
 from fastsae.ring import RingBuffer
+from fastsae.seeds import derive
 from fastsae.source import load_source
 from fastsae.sparse_autoencoder import dashboard
 from fastsae.sparse_autoencoder.autoencoder import LitSparseAutoencoder, SparseAutoencoder
@@ -180,6 +181,7 @@ class Pipeline:
     def validate_sae(self, validation_n_activations: int) -> dict[str, Validation]:
         """Figures per component on at least so many held-out activations (whole contexts), the same ones at every call; logged to wandb
         where a run of it is active. What is held out is said by the first use of the dataset; beyond that there is a warning."""
+        check_positive(validation_n_activations=validation_n_activations)
         found = evaluate(
             self._source,
             dict(zip(self.component_names, self._pairs(), strict=True)),
@@ -213,16 +215,19 @@ class Pipeline:
         """Go on from a checkpoint of a pipeline that was made with the same arguments: weights, optimizer, counter, and the next activations, to
         the bit. What run_pipeline had not yet used of a store is generated again when that is called.
 
-        Raises RunError for a folder that holds no such checkpoint, DataError where the dataset is another one.
+        Raises RunError for a folder that holds no such checkpoint; all is as it was then. What uses the dataset next raises DataError where it is
+        another one.
         """
-        state = read_steps(Path(folder), self.steps)
+        state = read_run(Path(folder))
         if state.get("cache_names") != self.cache_names:
             raise RunError(f"{folder} is of {state.get('cache_names')}, not of {self.cache_names}")
+        read_steps(Path(folder), self.steps)
         self.total_activations_trained_on = state["total_activations_trained_on"]
         self._n_generated, self._n_held_out = state["n_generated"], state["n_held_out"]
         self._resume_at, self._left = state["tokens"], state.get("store")
-        if self._tokens is not None and self._resume_at is not None:
-            self._tokens.train.load_state_dict(self._resume_at)
+        if self._tokens is not None:
+            self._tokens.train.close()
+        self._tokens = None  # opened again where they stood
 
     def run_pipeline(
         self,
@@ -337,7 +342,7 @@ class Pipeline:
             max_write=self._per_forward,
             device=self._source.device,
             dtype=self._source.dtype,
-            seed=self.seed + number,
+            seed=derive(self.seed, "pipeline/store", number),
         )
         harvester = Harvester(self._source, stream, ring, self.source_data_batch_size)
         ring.fill(until(stop, harvester.forward))
@@ -386,7 +391,7 @@ class Pipeline:
             self.progress_bar.set_postfix(stage=stage)
 
     def _report(self) -> None:
-        """Figures since the last report, to wandb and the progress bar, under that library's keys and in its scale."""
+        """Figures since the last report, to wandb, under that library's keys and in its scale."""
         rows = {}
         for name, step in zip(self.component_names, self.steps.values(), strict=True):
             figures = step.read()

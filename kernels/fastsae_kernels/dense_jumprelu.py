@@ -17,11 +17,11 @@ from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_powe
 from fastsae_kernels._op import op
 from fastsae_kernels.dense_loss import CHUNK, ROWS
 
-Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class JumpReLUGrad(NamedTuple):
-    """What `dense_jumprelu_grad` returns; counts and sums are [d_sae]."""
+    """What `dense_jumprelu_grad` returns; counts and sums are [d_sae]. NaN counts everywhere."""
 
     g_pre: Tensor
     """[batch, d_sae], g_acts itself."""
@@ -33,6 +33,10 @@ class JumpReLUGrad(NamedTuple):
     """int32."""
     g_in_band: Tensor
     """fp32, sum of the gradient at acts where pre_acts are in the band."""
+    g_sum: Tensor
+    """fp32, column sums of g_pre."""
+    acts_sum: Tensor
+    """fp32, column sums of acts."""
 
 
 @jit
@@ -46,6 +50,8 @@ def _dense_jumprelu_kernel(
     above_ptr,
     in_band_ptr,
     g_in_band_ptr,
+    g_sum_ptr,
+    acts_sum_ptr,
     batch,
     n,
     half_band,
@@ -56,8 +62,8 @@ def _dense_jumprelu_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row_block = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < n
     level = tl.load(threshold_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
     low, high = level - half_band, level + half_band
@@ -65,6 +71,8 @@ def _dense_jumprelu_kernel(
     above = tl.zeros((BLOCK_N,), tl.int32)
     in_band = tl.zeros((BLOCK_N,), tl.int32)
     g_in_band = tl.zeros((BLOCK_N,), tl.float32)
+    g_sum = tl.zeros((BLOCK_N,), tl.float32)
+    acts_sum = tl.zeros((BLOCK_N,), tl.float32)
     norm = tl.full((BLOCK_N,), 1.0, tl.float32)
     if HAS_NORMS:
         norm = tl.load(norms_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
@@ -75,13 +83,17 @@ def _dense_jumprelu_kernel(
         g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_B, BLOCK_N]
         pre = tl.load(pre_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
         off = pre <= level[None, :]  # false for NaN, which so stays visible
+        acts = tl.where(off, 0.0, pre)
         if HAS_SLOPE:
-            u = tl.where(off, 0.0, pre) * norm[None, :] * tanh_scale
+            u = acts * norm[None, :] * tanh_scale
             s = 1 / (1 + tl.exp(2 * u))  # tanh' = 4 s (1 - s)
             g += (tl.load(slope_ptr).to(tl.float32) * tanh_scale) * norm[None, :] * (4 * s * (1 - s))
         below = pre <= low[None, :]
         band = tl.where(below | (pre >= high[None, :]), 0, 1)
-        tl.store(g_ptr + at, tl.where(off, 0.0, g).to(g_ptr.dtype.element_ty), mask=mask)
+        g_pre = tl.where(off, 0.0, g)
+        tl.store(g_ptr + at, g_pre.to(g_ptr.dtype.element_ty), mask=mask)
+        g_sum += tl.sum(g_pre, axis=0)
+        acts_sum += tl.sum(acts, axis=0)
         fired += tl.sum(tl.where(off, 0, 1), axis=0)
         above += tl.sum(tl.where(below, 0, 1), axis=0)
         in_band += tl.sum(band, axis=0)
@@ -91,6 +103,8 @@ def _dense_jumprelu_kernel(
     tl.store(above_ptr + partial, above, mask=col_mask)
     tl.store(in_band_ptr + partial, in_band, mask=col_mask)
     tl.store(g_in_band_ptr + partial, g_in_band, mask=col_mask)
+    tl.store(g_sum_ptr + partial, g_sum, mask=col_mask)
+    tl.store(acts_sum_ptr + partial, acts_sum, mask=col_mask)
 
 
 def dense_jumprelu_grad_ref(
@@ -101,20 +115,23 @@ def dense_jumprelu_grad_ref(
     bandwidth: float,
     slope: Tensor | None = None,
     norms: Tensor | None = None,
-    tanh_scale: float = 4.0,
+    tanh_scale: float = 0.0,
 ) -> JumpReLUGrad:
     """Into new memory; the smooth count's derivative by autograd."""
-    active, g = pre_acts > threshold, g_acts
+    active, g = ~(pre_acts <= threshold), g_acts
+    acts = pre_acts.where(active, 0)
     if slope is not None:
         with torch.enable_grad():
-            acts = (pre_acts * active).detach().requires_grad_()
-            weighted = acts if norms is None else acts * norms
-            (bend,) = torch.autograd.grad((tanh_scale * weighted).tanh().sum(), acts)
+            leaf = acts.detach().requires_grad_()
+            weighted = leaf if norms is None else leaf * norms
+            (bend,) = torch.autograd.grad((tanh_scale * weighted).tanh().sum(), leaf)
         g = g + slope * bend
-    above = pre_acts > threshold - bandwidth / 2
-    in_band = above & (pre_acts < threshold + bandwidth / 2)
+    above = ~(pre_acts <= threshold - bandwidth / 2)
+    in_band = above & ~(pre_acts >= threshold + bandwidth / 2)
     fired, n_above, n_in_band = (m.sum(0, dtype=torch.int32) for m in (active, above, in_band))
-    return JumpReLUGrad(g * active, fired, n_above, n_in_band, (g * in_band).sum(0))
+    g_pre = g * active
+    g_in_band = (g * in_band).sum(0)
+    return JumpReLUGrad(g_pre, fired, n_above, n_in_band, g_in_band, g_pre.sum(0), acts.sum(0))
 
 
 def _triton(
@@ -128,11 +145,11 @@ def _triton(
 ) -> Sums:
     batch, n = pre_acts.shape
     block_n, n_row_blocks = min(next_power_of_2(n), 256), cdiv(batch, ROWS)
-    g_in_band = pre_acts.new_empty(n_row_blocks, n, dtype=torch.float32)
-    fired, above, in_band = (torch.empty_like(g_in_band, dtype=torch.int32) for _ in range(3))
+    g_in_band, g_sum, acts_sum = (pre_acts.new_empty(n_row_blocks, n, dtype=torch.float32) for _ in range(3))
+    fired, above, in_band = (torch.empty_like(g_sum, dtype=torch.int32) for _ in range(3))
     launch(
         _dense_jumprelu_kernel,
-        (cdiv(n, block_n), n_row_blocks),
+        (n_row_blocks, cdiv(n, block_n)),
         g_ptr=g_acts,
         pre_ptr=pre_acts,
         threshold_ptr=threshold,
@@ -142,6 +159,8 @@ def _triton(
         above_ptr=above,
         in_band_ptr=in_band,
         g_in_band_ptr=g_in_band,
+        g_sum_ptr=g_sum,
+        acts_sum_ptr=acts_sum,
         batch=batch,
         n=n,
         half_band=bandwidth / 2,
@@ -153,7 +172,7 @@ def _triton(
         BLOCK_N=block_n,
     )
     fired, above, in_band = (part.sum(0, dtype=torch.int32) for part in (fired, above, in_band))
-    return fired, above, in_band, g_in_band.sum(0)
+    return fired, above, in_band, g_in_band.sum(0), g_sum.sum(0), acts_sum.sum(0)
 
 
 def _torch(
@@ -170,7 +189,7 @@ def _torch(
     where_positive = torch.ops.aten.threshold_backward.grad_input
     level = threshold.to(sums)
     low, high = level - bandwidth / 2, level + bandwidth / 2
-    fired, above, in_band, g_in_band = (pre_acts.new_zeros(n, dtype=sums) for _ in range(4))
+    fired, above, in_band, g_in_band, g_sum, acts_sum = (pre_acts.new_zeros(n, dtype=sums) for _ in range(6))
     step = max(CHUNK // max(n, 1), 1)
     ones = pre_acts.new_ones(min(step, batch), n, dtype=sums)
     overs, parts = torch.empty_like(ones), torch.empty_like(ones)
@@ -199,8 +218,12 @@ def _torch(
         torch.sub(pre, level, out=over)
         where_positive(one, over, 0, grad_input=part)
         fired += part.sum(0)
-        g_acts[rows] = where_positive(g, over, 0, grad_input=part)
-    return fired.int(), above.int(), in_band.int(), g_in_band
+        where_positive(pre, over, 0, grad_input=part)
+        acts_sum += part.sum(0)
+        where_positive(g, over, 0, grad_input=part)
+        g_sum += part.sum(0)
+        g_acts[rows] = part
+    return fired.int(), above.int(), in_band.int(), g_in_band, g_sum, acts_sum
 
 
 @op("dense_jumprelu_grad", mutates_args=("g_acts",))
@@ -228,8 +251,9 @@ def _(
     tanh_scale: float,
 ) -> Sums:
     sums = torch.promote_types(pre_acts.dtype, torch.float32)
-    fired, above, in_band = (pre_acts.new_empty(pre_acts.shape[1], dtype=kind) for kind in [torch.int32] * 3)
-    return fired, above, in_band, pre_acts.new_empty(pre_acts.shape[1], dtype=sums)
+    g_in_band = pre_acts.new_empty(pre_acts.shape[1], dtype=sums)
+    fired, above, in_band = (torch.empty_like(g_in_band, dtype=torch.int32) for _ in range(3))
+    return fired, above, in_band, g_in_band, torch.empty_like(g_in_band), torch.empty_like(g_in_band)
 
 
 def dense_jumprelu_grad(
@@ -240,7 +264,7 @@ def dense_jumprelu_grad(
     bandwidth: float,
     slope: Tensor | None = None,
     norms: Tensor | None = None,
-    tanh_scale: float = 4.0,
+    tanh_scale: float = 0.0,
 ) -> JumpReLUGrad:
     """Gradient at the pre-activations from that at acts, and what the threshold's gradient is made of. Not differentiable.
 
@@ -258,6 +282,8 @@ def dense_jumprelu_grad(
     check("threshold", threshold, (pre_acts.shape[1],), like=pre_acts)
     if slope is not None:
         check("slope", slope, (), like=pre_acts)
+        if not tanh_scale > 0:
+            raise ValueError(f"tanh_scale is {tanh_scale}, but with a slope must be above 0")
     if norms is not None:
         check("norms", norms, (pre_acts.shape[1],), like=pre_acts)
     with torch.no_grad():

@@ -7,6 +7,8 @@ partial sums of a block of rows, which a second pass adds up: no atomics, the sa
 Bound: memory, 3 * itemsize bytes an element.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,22 @@ from fastsae_kernels._op import op
 
 CHUNK = 2**18  # elements of a chunk of rows in the torch forms: 1 MB in fp32, a share of a core's cache
 ROWS = 64  # rows of a program of dense_codes_grad; its partial sums then are 1/64 of what it reads and writes
-Sums = tuple[Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class DenseCodesGrad(NamedTuple):
+    """What `dense_codes_grad` returns; sums are fp32 (fp64 where acts are)."""
+
+    g_pre: Tensor
+    """[batch, d_sae], g_acts itself."""
+    l1: Tensor
+    """[batch], sum of acts * norms."""
+    acts_sum: Tensor
+    """[d_sae], column sums of acts."""
+    g_sum: Tensor
+    """[d_sae], column sums of g_pre."""
+    n_fired: Tensor
+    """int32 [d_sae], for how many inputs each latent is active."""
 
 
 @jit
@@ -59,7 +76,8 @@ def _dense_codes_grad_kernel(
     l1_ptr,
     norms_ptr,
     l1_partial_ptr,
-    sum_partial_ptr,
+    acts_partial_ptr,
+    g_partial_ptr,
     fired_partial_ptr,
     batch,
     n,
@@ -70,14 +88,15 @@ def _dense_codes_grad_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    col_block = tl.program_id(0)
-    row_block = tl.program_id(1).to(tl.int64)
+    row_block = tl.program_id(0).to(tl.int64)
+    col_block = tl.program_id(1)
     cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < n
     norm = tl.full((BLOCK_N,), 1.0, tl.float32)
     if HAS_NORMS:
         norm = tl.load(norms_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
     acts_sum = tl.zeros((BLOCK_N,), tl.float32)
+    g_sum = tl.zeros((BLOCK_N,), tl.float32)
     fired = tl.zeros((BLOCK_N,), tl.int32)
     for first in range(0, ROWS, BLOCK_B):
         rows = row_block * ROWS + first + tl.arange(0, BLOCK_B)
@@ -89,32 +108,37 @@ def _dense_codes_grad_kernel(
         off = acts <= 0  # false for NaN, which so stays visible
         if HAS_L1:
             g += (tl.load(l1_ptr).to(tl.float32) / batch) * norm[None, :]
-        tl.store(g_ptr + at, tl.where(off, 0.0, g).to(g_ptr.dtype.element_ty), mask=mask)
+        g = tl.where(off, 0.0, g)
+        tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=mask)
+        g_sum += tl.sum(g, axis=0)
         acts_sum += tl.sum(acts, axis=0)
         fired += tl.sum(tl.where(off, 0, 1), axis=0)
         l1 = tl.sum(acts * norm[None, :], axis=1)
         tl.store(l1_partial_ptr + rows * n_col_blocks + col_block, l1, mask=row_mask)
-    tl.store(sum_partial_ptr + row_block * n + cols, acts_sum, mask=col_mask)
+    tl.store(acts_partial_ptr + row_block * n + cols, acts_sum, mask=col_mask)
+    tl.store(g_partial_ptr + row_block * n + cols, g_sum, mask=col_mask)
     tl.store(fired_partial_ptr + row_block * n + cols, fired, mask=col_mask)
 
 
-def dense_loss_ref(decoded: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dense_loss_ref(decoded: Tensor, b_dec: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """By autograd."""
     with torch.enable_grad():
         x_hat = (decoded.detach() + b_dec.detach()).requires_grad_()
         mse = (x_hat - target).square().sum(1)
         (g,) = torch.autograd.grad(mse.sum() / max(len(target), 1), x_hat)
-    return g, mse.detach(), g.sum(0), mse.detach().sum().isfinite()
+    return g, mse.detach(), g.sum(0)
 
 
 def dense_codes_grad_ref(
     g_acts: Tensor, acts: Tensor, *, l1: Tensor | None = None, norms: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> DenseCodesGrad:
     """Into new memory."""
     norms = acts.new_ones(acts.shape[1]) if norms is None else norms
     g = g_acts if l1 is None else g_acts + l1 * norms / max(len(acts), 1)
     active = acts > 0
-    return g * active, (acts * norms).sum(1), acts.sum(0), active.sum(0, dtype=torch.int32)
+    g = g * active
+    n_fired = active.sum(0, dtype=torch.int32)
+    return DenseCodesGrad(g, (acts * norms).sum(1), acts.sum(0), g.sum(0), n_fired)
 
 
 def _dense_loss_triton(
@@ -147,17 +171,18 @@ def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, no
     block_n = min(next_power_of_2(n), 512)
     n_col_blocks, n_row_blocks = cdiv(n, block_n), cdiv(batch, ROWS)
     l1_partial = acts.new_empty(batch, n_col_blocks, dtype=torch.float32)
-    sum_partial = acts.new_empty(n_row_blocks, n, dtype=torch.float32)
-    fired_partial = torch.empty_like(sum_partial, dtype=torch.int32)
+    acts_partial, g_partial = (acts.new_empty(n_row_blocks, n, dtype=torch.float32) for _ in range(2))
+    fired_partial = torch.empty_like(g_partial, dtype=torch.int32)
     launch(
         _dense_codes_grad_kernel,
-        (n_col_blocks, n_row_blocks),
+        (n_row_blocks, n_col_blocks),
         g_ptr=g_acts,
         acts_ptr=acts,
         l1_ptr=l1,
         norms_ptr=norms,
         l1_partial_ptr=l1_partial,
-        sum_partial_ptr=sum_partial,
+        acts_partial_ptr=acts_partial,
+        g_partial_ptr=g_partial,
         fired_partial_ptr=fired_partial,
         batch=batch,
         n=n,
@@ -168,7 +193,8 @@ def _dense_codes_grad_triton(g_acts: Tensor, acts: Tensor, l1: Tensor | None, no
         BLOCK_B=8,
         BLOCK_N=block_n,
     )
-    return l1_partial.sum(1), sum_partial.sum(0), fired_partial.sum(0, dtype=torch.int32)
+    fired = fired_partial.sum(0, dtype=torch.int32)
+    return l1_partial.sum(1), acts_partial.sum(0), g_partial.sum(0), fired
 
 
 def _dense_loss_torch(
@@ -188,23 +214,25 @@ def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, nor
     weights = torch.ones(n, dtype=sums, device=acts.device) if norms is None else norms.to(sums)
     shift = None if l1 is None else weights * (l1.to(sums) / max(batch, 1))
     l1_rows = acts.new_empty(batch, dtype=sums)
-    acts_sum, n_fired = (acts.new_zeros(n, dtype=sums) for _ in range(2))
+    acts_sum, g_sum, n_fired = (acts.new_zeros(n, dtype=sums) for _ in range(3))
     step = max(CHUNK // max(n, 1), 1)
-    ones = g_acts.new_ones(min(step, batch), n)
+    ones = acts.new_ones(min(step, batch), n, dtype=sums)
+    buffer = None if g_acts.dtype == sums else torch.empty_like(ones)
     for start in range(0, batch, step):
-        rows = slice(start, min(start + step, batch))
-        a, g = acts[rows], g_acts[rows]
+        stop = min(start + step, batch)
+        rows = slice(start, stop)
+        wide = acts[rows].to(sums)
+        g = g_acts[rows] if buffer is None else buffer[: stop - start].copy_(g_acts[rows])
         if shift is not None:
-            torch.add(g, shift, out=g)
-        mask = (
-            a if a.dtype == g.dtype else (a <= 0).logical_not_().to(g.dtype)
-        )  # a narrower dtype has less above 0
-        torch.ops.aten.threshold_backward.grad_input(g, mask, 0, grad_input=g)
-        wide = a.to(sums)
-        torch.sum(wide * weights, 1, out=l1_rows[rows])  # by halves: mv's sum errs 5 times as much
+            g.add_(shift)
+        torch.ops.aten.threshold_backward.grad_input(g, wide, 0, grad_input=g)
+        g_sum += g.sum(0)
+        if buffer is not None:
+            g_acts[rows] = g
         acts_sum += wide.sum(0)
-        n_fired += torch.ops.aten.threshold_backward(ones[: len(a)], mask, 0).sum(0, dtype=sums)
-    return l1_rows, acts_sum, n_fired.int()
+        n_fired += torch.ops.aten.threshold_backward(ones[: stop - start], wide, 0).sum(0)
+        torch.sum(wide * weights, 1, out=l1_rows[rows])  # by halves: mv's sum errs 5 times as much
+    return l1_rows, acts_sum, g_sum, n_fired.int()
 
 
 @op("dense_loss")
@@ -233,12 +261,12 @@ def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Te
 def _(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     l1_rows = acts.new_empty(acts.shape[0], dtype=torch.promote_types(acts.dtype, torch.float32))
     acts_sum = l1_rows.new_empty(acts.shape[1])
-    return l1_rows, acts_sum, torch.empty_like(acts_sum, dtype=torch.int32)
+    return l1_rows, acts_sum, torch.empty_like(acts_sum), torch.empty_like(acts_sum, dtype=torch.int32)
 
 
 def dense_loss(
     decoded: Tensor, b_dec: Tensor, target: Tensor, *, out_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Squared error and its gradient at x_hat = decoded + b_dec. Not differentiable.
 
     Args:
@@ -246,7 +274,7 @@ def dense_loss(
         b_dec: [d_out]; target: [batch, d_out]. Any float dtypes; sums are kept in fp32 (fp64 where decoded is).
         out_dtype: of g; by default decoded's.
     Returns: g [batch, d_out] = 2/batch (x_hat - target); mse fp32 [batch], summed over d_out; g_sum fp32 [d_out], the column
-        sums of g before it is rounded; finite, a bool scalar: whether the sum of mse is.
+        sums of g before it is rounded.
     Raises: ValueError for a shape, dtype, device or layout that does not fit.
     """
     check("decoded", decoded, (None, None))
@@ -256,13 +284,13 @@ def dense_loss(
     if out_dtype not in FLOATS:
         raise ValueError(f"out_dtype is {out_dtype}, but must be a floating dtype")
     with torch.no_grad():
-        g, mse, g_sum = _dense_loss(decoded, b_dec, target, out_dtype)
-        return g, mse, g_sum, mse.sum().isfinite()
+        found: tuple[Tensor, Tensor, Tensor] = _dense_loss(decoded, b_dec, target, out_dtype)
+    return found
 
 
 def dense_codes_grad(
     g_acts: Tensor, acts: Tensor, *, l1: Tensor | None = None, norms: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> DenseCodesGrad:
     """Gradient at the pre-activations from that at acts, and the statistics of acts, in one pass. Not differentiable.
 
     Args:
@@ -270,8 +298,7 @@ def dense_codes_grad(
         acts: [batch, d_sae], none negative; any float dtypes.
         l1: scalar tensor on the same device; None: no L1 term in g_pre.
         norms: [d_sae], what an activation counts in the L1 term; None: 1.
-    Returns: g_acts, which is g_pre now: g_acts + l1/batch * norms where acts > 0 (or NaN), else 0; l1 fp32 [batch], sum of acts *
-        norms; acts_sum fp32 [d_sae], column sums of acts; n_fired int32 [d_sae], for how many inputs each latent is active.
+    Returns: g_acts, which is g_pre now: g_acts + l1/batch * norms where acts > 0 (or NaN), else 0; and the sums.
     Raises: ValueError for a shape, dtype, device or layout that does not fit.
     """
     check("acts", acts, (None, None))
@@ -282,4 +309,4 @@ def dense_codes_grad(
         check("norms", norms, (acts.shape[1],), like=acts)
     with torch.no_grad():
         sums: Sums = _dense_codes_grad(g_acts, acts, l1, norms)
-    return g_acts, *sums
+    return DenseCodesGrad(g_acts, *sums)

@@ -174,7 +174,7 @@ def group_max_torch(pre_acts: Tensor, group_max: Tensor | None = None) -> Tensor
     if group_max is None:
         group_max = pre_acts.new_empty(len(pre_acts), cdiv(pre_acts.shape[1], GROUP))
     half = pre_acts.element_size() == 2
-    size = WIDE_ROWS if half else CHUNK_ROWS
+    size = max(min(WIDE_ROWS if half else CHUNK_ROWS, len(pre_acts)), 1)
     wide = pre_acts.new_empty(size, pre_acts.shape[1], dtype=torch.float32) if half else None
     for rows, out in zip(pre_acts.split(size), group_max.split(size), strict=True):
         out.copy_(group_max_ref(rows if wide is None else wide[: len(rows)].copy_(rows)))

@@ -100,7 +100,7 @@ def calls(w: World) -> dict[str, Callable[[], Any]]:
         "dense_loss": lambda: dense_loss(x, w.b_dec, w.x[1]),
         "dense_codes_grad": lambda: dense_codes_grad(w.pre[1].clone(), pre.relu(), l1=l1, norms=norms),
         "dense_jumprelu_grad": lambda: dense_jumprelu_grad(
-            w.pre[1].clone(), pre, norms, bandwidth=0.5, slope=l1, norms=norms
+            w.pre[1].clone(), pre, norms, bandwidth=0.5, slope=l1, norms=norms, tanh_scale=4.0
         ),
     }
 

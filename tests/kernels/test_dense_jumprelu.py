@@ -38,7 +38,7 @@ def test_dense_jumprelu_grad(batch, n, name, dtype, options, device):
 
     def of(f):
         return lambda g, pre, threshold, slope, norms: f(
-            g, pre, threshold, bandwidth=1.0, slope=slope, norms=norms
+            g, pre, threshold, bandwidth=1.0, slope=slope, norms=norms, tanh_scale=4.0
         )
 
     with use_backend(name):
@@ -54,25 +54,24 @@ def test_dense_jumprelu_grad(batch, n, name, dtype, options, device):
 def test_nan_stays_visible(name, device):
     g, pre, threshold, *_ = inputs(6, 9, torch.float32, device)
     pre[5, 4] = torch.nan
-    expected = g[5, 4].clone()
+    expected = dense_jumprelu_grad_ref(g, pre, threshold, bandwidth=1.0)
     with use_backend(name):
         found = dense_jumprelu_grad(g, pre, threshold, bandwidth=1.0)
-    assert found.g_pre[5, 4] == expected
-    assert torch.equal(found.n_fired, (~(pre <= threshold)).sum(0, dtype=torch.int32))
+    assert found.acts_sum.isnan().tolist() == [latent == 4 for latent in range(9)]
+    for field, value in expected._asdict().items():
+        torch.testing.assert_close(getattr(found, field), value, equal_nan=True)
 
 
 def test_chunks_of_rows(monkeypatch):
     monkeypatch.setattr(importlib.import_module("fastsae_kernels.dense_jumprelu"), "CHUNK", 30)
-    assert_as_accurate(
-        lambda g, pre, t, slope, norms: dense_jumprelu_grad(
-            g, pre, t, bandwidth=1.0, slope=slope, norms=norms
-        ),
-        lambda g, pre, t, slope, norms: dense_jumprelu_grad_ref(
-            g, pre, t, bandwidth=1.0, slope=slope, norms=norms
-        ),
-        inputs(7, 13, torch.float32),
-        grads=False,
-    )
+
+    def of(f):
+        return lambda g, pre, t, slope, norms: f(
+            g, pre, t, bandwidth=1.0, slope=slope, norms=norms, tanh_scale=4.0
+        )
+
+    arguments = inputs(7, 13, torch.float32)
+    assert_as_accurate(of(dense_jumprelu_grad), of(dense_jumprelu_grad_ref), arguments, grads=False)
 
 
 def test_custom_op():
@@ -88,5 +87,7 @@ def test_errors():
         dense_jumprelu_grad(g, pre, threshold[:5], bandwidth=1.0)
     with pytest.raises(ValueError, match=r"slope is \[6\], but must be \[\]"):
         dense_jumprelu_grad(g, pre, threshold, bandwidth=1.0, slope=norms)
+    with pytest.raises(ValueError, match=r"tanh_scale is 0.0, but with a slope must be above 0"):
+        dense_jumprelu_grad(g, pre, threshold, bandwidth=1.0, slope=norms[0])
     with pytest.raises(ValueError, match=r"norms is \[5\], but must be \[6\]"):
         dense_jumprelu_grad(g, pre, threshold, bandwidth=1.0, norms=norms[:5])

@@ -229,13 +229,24 @@ def test_encode_beyond_int32(variant, device):
 def test_dense_codes_grad_beyond_int32(far):
     need(8 * FAR_BATCH * FAR_LATENTS)
     far.relu_()
-    g_pre, l1, _, n_fired = dense_codes_grad(far.clone(), far)
+    g_pre, l1, *_, n_fired = dense_codes_grad(far.clone(), far)
     for row in ROWS:
         assert torch.equal(g_pre[row], far[row])
         torch.testing.assert_close(l1[row], far[row].float().sum(), rtol=1e-4, atol=0)
     for latents in far.split(1024, dim=1):
         found, n_fired = n_fired.split([latents.shape[1], len(n_fired) - latents.shape[1]])
         assert torch.equal(found, (latents > 0).sum(0, dtype=torch.int32))
+
+
+def test_dense_jumprelu_grad_beyond_int32(far):
+    need(8 * FAR_BATCH * FAR_LATENTS)
+    level = torch.ones(far.shape[1], device=far.device)
+    found = dense_jumprelu_grad(far.clone(), far, level, bandwidth=0.5)
+    for row in ROWS:
+        assert torch.equal(found.g_pre[row], far[row] * (far[row] > 1))
+    for first in range(0, far.shape[1], 1024):
+        part = far[:, first : first + 1024]
+        assert torch.equal(found.n_fired[first : first + 1024], (part > 1).sum(0, dtype=torch.int32))
 
 
 def test_weights_beyond_int32(device):

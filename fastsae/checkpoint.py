@@ -92,16 +92,22 @@ def appearing(final: Path, what: str = "") -> Iterator[Path]:
 
     Raises RunError, with `what` before the name, where it cannot be written.
     """
-    aside = final.with_name(f".{final.name}.part")
+    aside, old = (final.with_name(f".{final.name}.{state}") for state in ("part", "old"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
         yield aside
         _to_disk(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.is_dir():
+            os.replace(final, old)
         os.replace(aside, final)
     except (OSError, SafetensorError, RunError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"cannot write {what}{final}: {reason(error)}") from None
+    finally:
+        if old.is_dir() and not final.exists():
+            os.replace(old, final)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_steps(folder: Path, steps: Mapping[str, TrainStep], state: Mapping[str, Any]) -> None:

@@ -47,7 +47,8 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-def _folder_name(value: str) -> str:
+def folder_name(value: str) -> str:
+    """The value. Raises ValueError where it cannot name a folder of ours."""
     if not value.strip() or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
         raise ValueError("must be a plain folder name, without a path in it")
     if len(value.encode()) > 100 or value in ("cfg.json", "sae_weights.safetensors", "step.safetensors"):
@@ -61,7 +62,7 @@ PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
-FolderName = Annotated[str, AfterValidator(_folder_name)]
+FolderName = Annotated[str, AfterValidator(folder_name)]
 
 
 class Section(BaseModel):
@@ -413,7 +414,7 @@ class RunConfig(Section):
             own_seed = {} if entry.seed is None else {"seed": entry.seed}
             fields = {**own, **own_step, **own_seed}
             made = "-".join([sae.activation, *(f"{f}={v}" for f, v in fields.items() if f != "activation")])
-            name = entry.name or _folder_name(made.replace("/", "_"))
+            name = entry.name or folder_name(made.replace("/", "_"))
             result.append(Variant(name, sae, step, own_seed.get("seed", self.seed)))
         alone = len(result) == 1 and self.saes[0].name is None and self.saes[0].seed is None
         return [result[0]._replace(name="")] if alone else result

@@ -47,15 +47,11 @@ class Resampler:
         self.n_dead = torch.zeros((), dtype=torch.int64, device=W.device)
         """Of the last time, on the device."""
 
-    @property
-    def wants_losses(self) -> bool:
-        """Whether the loss of each input of the next step is needed."""
-        return self._is_on() and self.n_seen >= self.cfg.interval - self.cfg.dataset_size
-
-    def before_step(self) -> None:
-        """To be called before each step."""
-        if self._is_on() and not self._n_collated and self.n_seen >= self.cfg.interval - self.cfg.collate:
+    def before_step(self, n_rows: int) -> bool:
+        """To be called before each step, with the rows of its batch; whether the loss of each of these is needed."""
+        if self._is_within(self.cfg.collate, n_rows) and not self._n_collated:
             self._before.copy_(self._fired)
+        return self._is_within(self.cfg.dataset_size, n_rows)
 
     @torch.no_grad()
     def after_step(
@@ -65,7 +61,7 @@ class Resampler:
         is not time."""
         if not self._is_on():
             return None
-        if self.n_seen >= self.cfg.interval - self.cfg.collate:
+        if self._is_within(self.cfg.collate, len(x)):
             self._n_collated += len(x)
         if losses is not None:
             self._draw(x, losses)
@@ -96,6 +92,11 @@ class Resampler:
         self.n_seen, self.n_resampled, self._n_collated, self._n_steps = (
             int(n) for n in state["resample.progress"]
         )
+
+    def _is_within(self, window: int, n_rows: int) -> bool:
+        """Whether the next batch begins among the last `window` activations of an interval, or is the last one in it."""
+        n_left = self.cfg.interval - self.n_seen
+        return self._is_on() and n_left <= max(window, n_rows)
 
     def _is_on(self) -> bool:
         return self.n_resampled < self.cfg.max_n_resamples

@@ -105,8 +105,7 @@ class TrainStep:
         if not one_pass:
             self.optimizer.catch_up()
         if self.resampler is not None:
-            self.resampler.before_step()
-            self._with_losses = self.resampler.wants_losses
+            self._with_losses = self.resampler.before_step(len(x))
         operands = self.optimizer.operands() if sparse else None
         now = scalars(self.cfg, self.n_done, self.n_steps, len(x), self.sae.W_dec)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastsae
 from fastsae.config import ModelConfig
-from fastsae.errors import ConfigError, RunError, SourceError
+from fastsae.errors import ConfigError, DataError, NonFiniteLossError, RunError, SourceError
 from fastsae.source import load_source
 from fastsae.sparse_autoencoder import (
     L1AbsoluteLoss,
@@ -386,6 +386,13 @@ def test_122_log_frequency_is_honoured_under_the_old_keys(made, wandb):
         ({"source_model": nn.Linear(2, 2)}, SourceError, "model is a Linear; give a TransformerBridge"),
         ({"source_dataset": ["a text"]}, ConfigError, "source_dataset is a list; give a PreTokenizedDataset"),
         ({"autoencoder": nn.Linear(2, 2)}, ConfigError, "autoencoder is a Linear; give a LitSparseAuto"),
+        ({"cache_names": 5}, ConfigError, "must be a list of hook points"),
+        ({"cache_names": ["blocks.*.hook_resid_post", HOOKS[0]]}, ConfigError, r"without a \*"),
+        ({"run_name": ""}, ConfigError, "run_name = ''"),
+        ({"run_name": None}, ConfigError, "run_name = None"),
+        ({"run_name": "x" * 300}, ConfigError, "at most 100 bytes"),
+        ({"seed": -1}, ConfigError, "seed = -1"),
+        ({"seed": "a"}, ConfigError, "seed = 'a'"),
         ({"precision": "fp16"}, ConfigError, "^precision = 'fp16': .*'bf16'[^\n]*$"),
         ({"lr": -1.0}, ConfigError, "^lr = -1.0: [^\n]*greater than 0$"),
         ({"betas": (0.9,)}, ConfigError, "^betas[^\n]*$"),
@@ -417,7 +424,7 @@ def test_127_outputs_that_cannot_be_written_are_found_first(made, tmp_path):
     with pytest.raises(RunError, match="cannot write checkpoints into"):
         pipeline.run_pipeline(**RUN, max_activations=100)
     assert pipeline.total_activations_trained_on == 0
-    with pytest.raises(ConfigError, match="run_name = a/b"):
+    with pytest.raises(ConfigError, match="run_name = 'a/b': must be a plain folder name"):
         made(run_name="a/b")
     folder = made().save_checkpoint()
     with pytest.raises(RunError, match="is of"):
@@ -479,11 +486,22 @@ def test_334_a_run_that_is_stopped_goes_on_from_its_checkpoint(made, tmp_path, m
     again.run_pipeline(**RUN, max_activations=640)
     assert_equal(whole, again)
     stopped, saved = made(run_name="stopped", log_frequency=7), []
-    monkeypatch.setattr(stopped, "_report", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(stopped, "_report", interrupting(stopped, {7 * 32}))
     monkeypatch.setattr(stopped, "save_checkpoint", lambda **_: saved.append(1))
     stopped.run_pipeline(**RUN, max_activations=1280)
     assert saved == [1] and stopped.total_activations_trained_on == 7 * 32
     assert not list(tmp_path.glob(".*"))
+
+
+def interrupting(pipeline, totals):
+    """Ctrl-C once at each of these."""
+
+    def report():
+        if pipeline.total_activations_trained_on in totals:
+            totals.remove(pipeline.total_activations_trained_on)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
 
 
 def assert_equal(one, other):
@@ -516,6 +534,51 @@ def test_334_every_row_once_whatever_the_totals(made, tmp_path, monkeypatch):
     assert torch.equal(whole[320:], torch.cat(rows))
 
 
+def test_334_an_error_in_a_forward_loses_no_tokens(made, monkeypatch):
+    whole, failed = made(), made()
+    whole.run_pipeline(**RUN, max_activations=640)
+    forward, n = failed._source.forward, []
+
+    def failing(*args, **kwargs):
+        n.append(1)
+        if len(n) == 5:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(failed._source, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failed.run_pipeline(**RUN, max_activations=640)
+    failed.run_pipeline(**RUN, max_activations=640)
+    assert_equal(whole, failed)
+
+
+def test_334_another_dataset_is_refused_every_time(made, tmp_path):
+    made().run_pipeline(**RUN, max_activations=640)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"input_ids": [i % D_VOCAB] * 40}) + "\n" for i in range(300)))
+    pipeline = made(dataset=PreTokenizedDataset(str(other), context_size=CONTEXT, repeat=True))
+    pipeline.load_checkpoint(tmp_path / "test_final")
+    for _ in range(2):
+        with pytest.raises(DataError):
+            pipeline.run_pipeline(**RUN, max_activations=640)
+
+
+def test_a_loss_that_is_not_finite_is_found_at_the_latest_at_the_end(made, model):
+    pipeline = made()
+    handle = lambda acts, hook: acts * torch.nan
+    model.add_hook("hook_embed", handle)
+    try:
+        with pytest.raises(
+            NonFiniteLossError, match=r"became NaN or infinite at step 0.*checkpoint: .*test_320"
+        ):
+            pipeline.run_pipeline(**RUN, max_activations=320)
+        with pytest.raises(NonFiniteLossError):
+            pipeline.train_autoencoder(pipeline.generate_activations(PER_FORWARD), 32)
+    finally:
+        model.reset_hooks()
+    assert all(p.isfinite().all() for p in pipeline.autoencoder.parameters())
+
+
 def test_334_ctrl_c_between_two_forwards_and_going_on(made, monkeypatch):
     """Nothing is lost, and nothing is trained on twice: while a store is generated, trained on, generated once more, trained on."""
     whole, stopped = made(), made(log_frequency=7)
@@ -529,10 +592,7 @@ def test_334_ctrl_c_between_two_forwards_and_going_on(made, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(stopped._source, "forward", interrupted)
-    reports = iter([True, False, True])
-    monkeypatch.setattr(
-        stopped, "_report", lambda: next(reports, False) and os.kill(os.getpid(), signal.SIGINT)
-    )
+    monkeypatch.setattr(stopped, "_report", interrupting(stopped, {224, 672}))
     seen = []
     while stopped.total_activations_trained_on < 1280:
         stopped.run_pipeline(**RUN, max_activations=1280 - stopped.total_activations_trained_on)
@@ -602,6 +662,9 @@ def test_the_losses_are_those_that_a_step_reports(n_components, made):
         SparseAutoencoderLoss(3)(x, learned, decoded)
     with pytest.raises(ConfigError, match="above 0"):
         SparseAutoencoderLoss(l1_coefficient=0.0)
+    for bad in ((x, learned[:1], decoded), (x, learned, decoded[..., :1]), (x, learned, decoded[:1])):
+        with pytest.raises(ConfigError, match="learned and decoded activations are"):
+            loss(*bad)
 
 
 def test_l1_is_converted_and_said_once(made, caplog):
@@ -706,3 +769,61 @@ def test_a_pickle_of_that_library_is_read_when_it_is_trusted(tmp_path, monkeypat
     torch.save(Evil(), tmp_path / "evil.pt")
     with pytest.raises(RunError, match="print, which no checkpoint needs"):
         SparseAutoencoder.load(tmp_path / "evil.pt", trust_pickle=True)
+
+
+def test_a_file_whose_weights_do_not_fit_is_refused_in_one_line(tmp_path):
+    config = SparseAutoencoderConfig(n_input_features=7, n_learned_features=5, n_components=2)
+    path = tmp_path / "m.pt"
+    SparseAutoencoder(config).save(path)
+    good = torch.load(path, weights_only=True)
+
+    def damaged(**changes):
+        state = {**good["state_dict"], **changes.pop("state", {})}
+        torch.save({"config": {**good["config"], **changes}, "state_dict": state}, path)
+
+    cases = [
+        {"state": {"encoder.weight": torch.ones(2, 1, 1)}},
+        {"state": {"encoder.bias": torch.ones(2)}},
+        {"state": {"decoder.weight": 3}},
+        {"n_components": 1},
+        {"n_components": 3},
+    ]
+    for case in cases:
+        damaged(**case)
+        for component in (None, 0):
+            with pytest.raises(RunError, match=r"the weights are not those of [^\n]*$"):
+                SparseAutoencoder.load(path, component)
+    damaged()
+    for component in (2, -1, "0"):
+        with pytest.raises(ConfigError, match="has 2 components"):
+            SparseAutoencoder.load(path, component)
+    for content in (torch.ones(3), [1], None):
+        torch.save(content, path)
+        with pytest.raises(RunError, match="holds no autoencoder"):
+            SparseAutoencoder.load(path)
+    path.write_bytes(b"hello")
+    for trust in (False, True):
+        with pytest.raises(RunError):
+            SparseAutoencoder.load(path, trust_pickle=trust)
+
+
+def test_a_checkpoint_takes_the_place_of_another_or_leaves_it(made, monkeypatch, tmp_path):
+    pipeline = made()
+    folder = pipeline.save_checkpoint(is_final=True)
+    before = (folder / "run.json").read_text()
+    pipeline.total_activations_trained_on = 5
+    real = os.replace
+
+    def interrupted(source, target):
+        if str(target) == str(folder) and ".part" in str(source):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.save_checkpoint(is_final=True)
+    assert (folder / "run.json").read_text() == before
+    monkeypatch.undo()
+    pipeline.save_checkpoint(is_final=True)
+    assert (folder / "run.json").read_text() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["test_final"]

@@ -86,9 +86,8 @@ def test_who_is_dead_goes_by_the_collated_activations_alone():
         moments |= {name: (None, torch.zeros(4, D_IN)) for name in ("W_enc", "W_dec")}
         resampler = Resampler(SMALL.model_copy(update={"threshold": threshold}), sae, fired, moments)
         for i in range(4):
-            resampler.before_step()
+            assert resampler.before_step(BATCH) is (i >= 2)
             fired += torch.tensor([9 if i < 2 else 0, 8, 9, 16])
-            assert resampler.wants_losses is (i >= 2)
             renewed = resampler.after_step(x + 1, torch.ones(BATCH) if i >= 2 else None)
         assert renewed.nonzero().flatten().tolist() == expected
 
@@ -104,7 +103,7 @@ def test_inputs_are_drawn_as_the_square_of_their_loss():
         sae = SAE(SAEConfig(4, 2))
         fired = torch.zeros(2, dtype=torch.int64)
         resampler = Resampler(cfg, sae, fired, {**moments, "b_enc": (None, torch.zeros(2))}, seed=seed)
-        resampler.before_step()
+        resampler.before_step(4)
         resampler.after_step(torch.eye(4), losses)
         counts += sae.W_dec.detach().round()
     second = torch.stack([sum(p[i] * p[j] / (1 - p[i]) for i in range(3) if i != j) for j in range(3)])
@@ -116,7 +115,7 @@ def test_it_ends_after_so_many_times():
     step = made()
     for x in inputs(20):
         step(x)
-    assert step.resampler.n_resampled == 2 and not step.resampler.wants_losses
+    assert step.resampler.n_resampled == 2 and not step.resampler.before_step(BATCH)
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
@@ -175,3 +174,14 @@ def test_what_does_not_fit_is_refused(config):
     ):
         with pytest.raises(fastsae.ConfigError, match=words):
             config(**fields)
+
+
+def test_windows_smaller_than_a_batch_have_the_last_one_in_them():
+    cfg = ResampleConfig(interval=3 * BATCH + 1, collate=3, dataset_size=1)
+    step = TrainStep(SAE(SAEConfig(D_IN, D_SAE), seed=1), StepConfig(path="dense"), resample=cfg)
+    with torch.no_grad():
+        step.sae.b_enc[:3] = -1e3
+    for i in range(4):
+        step(torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(i)))
+    assert step.read()["resampled_latents"] == 3 and step.resampler.n_resampled == 1
+    assert not step.sae.b_enc[:3].any(), "they began again"

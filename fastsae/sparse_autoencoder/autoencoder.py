@@ -155,7 +155,14 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def load_old_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `old_state_dict`, or that library, returned. Raises RunError for a missing name or another shape."""
+        """Take over what `old_state_dict`, or that library, returned. Raises RunError for a missing name or another shape; nothing has changed then."""
+        for name, here in self.old_state_dict().items():
+            there = state.get(name, state.get(BIASES[0]) if name in BIASES else None)
+            if not isinstance(there, Tensor) or there.shape != here.shape:
+                what = list(there.shape) if isinstance(there, Tensor) else "missing"
+                raise RunError(
+                    f"the weights are not those of {self.config}: {name} is {what}, not {list(here.shape)}"
+                )
         for i, sae in enumerate(self.components):
             own = {name: t if self.config.n_components is None else t[i] for name, t in state.items()}
             try:
@@ -167,7 +174,7 @@ class SparseAutoencoder(nn.Module):
                         "b_dec": own[BIASES[0]],
                     }
                 )
-            except (KeyError, RuntimeError, IndexError) as error:
+            except RuntimeError as error:
                 raise RunError(f"the weights are not those of {self.config}: {reason(error)}") from None
 
     def save(self, path: Path | str) -> None:
@@ -197,6 +204,11 @@ class SparseAutoencoder(nn.Module):
         if component_idx is not None:
             if config.n_components is None:
                 raise ConfigError(f"component_idx = {component_idx}, but {path} has no components")
+            if component_idx not in range(config.n_components):
+                raise ConfigError(
+                    f"component_idx = {component_idx!r}, but {path} has {config.n_components} components"
+                )
+            SparseAutoencoder(config).load_old_state_dict(state)  # or it does not fit
             config = config.model_copy(update={"n_components": None})
             state = {name: t[component_idx] for name, t in state.items()}
         loaded = SparseAutoencoder(config)
@@ -225,7 +237,7 @@ class LitSparseAutoencoder(SparseAutoencoder):
 def _read(path: Path, *, trust_pickle: bool) -> tuple[SparseAutoencoderConfig, dict[str, Tensor]]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         if not trust_pickle:
             raise RunError(
                 f"{path} is a pickle of sparse_autoencoder, or no checkpoint; trust_pickle=True reads the former"
@@ -233,11 +245,13 @@ def _read(path: Path, *, trust_pickle: bool) -> tuple[SparseAutoencoderConfig, d
         found = _read_pickle(path)
     except OSError as error:
         raise RunError(f"cannot read {path}: {reason(error)}") from None
+    if not isinstance(found, dict | _Stored):
+        raise RunError(f"{path} holds no autoencoder: it is a {type(found).__name__}")
     try:
         config = {name: found["config"][name] for name in SparseAutoencoderConfig.model_fields}
         return SparseAutoencoderConfig(**config), dict(found["state_dict"])
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path} holds no autoencoder: it lacks {reason(error)}") from None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RunError(f"{path} holds no autoencoder: {type(error).__name__} {reason(error)}") from None
 
 
 class _Stored:
@@ -273,5 +287,5 @@ def _read_pickle(path: Path) -> Any:
     module.Unpickler, module.load = _Unpickler, lambda file, **_: _Unpickler(file).load()
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, LookupError, ValueError) as error:
         raise RunError(f"cannot read {path}: {reason(error)}") from None

@@ -55,10 +55,13 @@ def _wandb_run() -> Any:
 
 
 def log(row: dict[str, float]) -> None:
-    """To wandb, where a run of it is active."""
+    """To wandb, where a run of it is active; a failure is a warning."""
     run = _wandb_run()
-    if run is not None:
-        run.log(row)
+    try:
+        if run is not None:
+            run.log(row)
+    except Exception as error:  # noqa: BLE001 - as below
+        warnings.warn(f"wandb did not take the figures: {first_line(error)}", stacklevel=3)
 
 
 def upload(folder: Path) -> None:

@@ -24,11 +24,17 @@ class _Loss(ABC):
         learned_activations: Float[Tensor, "batch *components d_sae"],
         decoded_activations: Float[Tensor, "batch *components d_in"],
     ) -> Float[Tensor, "..."]:
-        """Raises ConfigError for another number of components."""
+        """Raises ConfigError for another number of components, or shapes that differ in it or in the batch."""
         shape = source_activations.shape
         if shape[1:-1].numel() != self.num_components:
             raise ConfigError(
                 f"num_components = {self.num_components}, but the activations are {list(shape)}: [batch, components, d_in]"
+            )
+        wanted = [*shape[:-1], learned_activations.shape[-1]], list(shape)
+        found = list(learned_activations.shape), list(decoded_activations.shape)
+        if found != wanted:
+            raise ConfigError(
+                f"learned and decoded activations are {found[0]} and {found[1]}, beside {list(shape)}"
             )
         each = self._of_items(source_activations, learned_activations, decoded_activations)
         return each if self.keep_batch_dim else each.mean(0)

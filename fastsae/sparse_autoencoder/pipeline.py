@@ -17,8 +17,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fastsae.checkpoint import appearing, read_run, read_steps, write_steps
-from fastsae.config import ModelConfig
-from fastsae.errors import ConfigError, DataError, RunError, reason
+from fastsae.config import ModelConfig, folder_name
+from fastsae.errors import ConfigError, DataError, NonFiniteLossError, RunError, reason
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.interrupt import InterruptedRun, interruptible, until
@@ -36,6 +36,7 @@ from fastsae.tokens import Tokens
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path(tempfile.gettempdir()) / "sparse_autoencoder"
+FIELDS = {"total_activations_trained_on", "cache_names", "n_generated", "n_held_out", "tokens", "store"}
 HELD_OUT = 1024  # activations to validate on, where nobody has said how many before the first are needed
 
 
@@ -96,16 +97,16 @@ class Pipeline:
         ):
             if not isinstance(value, kind):
                 raise ConfigError(f"{name} is a {type(value).__name__}; give {allowed}")
-        if isinstance(cache_names, str):
+        if isinstance(cache_names, str) or not isinstance(cache_names, Sequence):
             raise ConfigError(f"cache_names must be a list of hook points: say ['{cache_names}']")
         self.autoencoder, self.cache_names = autoencoder, list(cache_names)
         self.source_dataset, self.source_model = source_dataset, source_model
         self.n_input_features, self.n_learned_features = n_input_features, n_learned_features
-        self.run_name, self.checkpoint_directory = run_name, Path(checkpoint_directory)
+        self.run_name, self.checkpoint_directory = run_name, Path(checkpoint_directory).expanduser()
         self.log_frequency, self.source_data_batch_size = log_frequency, source_data_batch_size
         self.num_workers_data_loading = num_workers_data_loading
         self.seed = seed
-        self.total_activations_trained_on = 0
+        self.total_activations_trained_on = self._reported_at = 0
         self.progress_bar: Any = None
         self._check_shape()
         device = next(inner.parameters()).device
@@ -174,8 +175,13 @@ class Pipeline:
     ) -> Int[Tensor, "components d_sae"]:
         """Train every component on all that the store holds; returns how often each latent fired on that."""
         before = self._fired()
+        if not isinstance(activation_store, ActivationStore) or activation_store.names != self.cache_names:
+            raise ConfigError(
+                "activation_store must be one that this pipeline's generate_activations returned"
+            )
         for _ in self._train(activation_store, train_batch_size):
             pass
+        self._report()
         return self._fired() - before
 
     def validate_sae(self, validation_n_activations: int) -> dict[str, Validation]:
@@ -219,12 +225,16 @@ class Pipeline:
         another one.
         """
         state = read_run(Path(folder))
+        if missing := sorted(FIELDS - state.keys()):
+            raise RunError(
+                f"{folder} is no checkpoint of a pipeline: its run.json lacks {', '.join(missing)}"
+            )
         if state.get("cache_names") != self.cache_names:
             raise RunError(f"{folder} is of {state.get('cache_names')}, not of {self.cache_names}")
         read_steps(Path(folder), self.steps)
         self.total_activations_trained_on = state["total_activations_trained_on"]
         self._n_generated, self._n_held_out = state["n_generated"], state["n_held_out"]
-        self._resume_at, self._left = state["tokens"], state.get("store")
+        self._resume_at, self._left = state["tokens"], state["store"]
         if self._tokens is not None:
             self._tokens.train.close()
         self._tokens = None  # opened again where they stood
@@ -286,6 +296,7 @@ class Pipeline:
                         self._stage("train")
                 finally:
                     self._left, self._store = self._store.place(), None  # its memory, before the next
+            self._report()
             self.save_checkpoint(is_final=True)
 
     def _train(self, store: ActivationStore, batch_size: int, n_rows: int | None = None) -> Iterator[int]:
@@ -323,7 +334,7 @@ class Pipeline:
         before = stream.state_dict()
         try:
             store = self._filled(n_rows, self._n_generated, stop or threading.Event())
-        except InterruptedRun:
+        except BaseException:
             stream.load_state_dict(before)
             raise
         self._n_generated += 1
@@ -353,11 +364,12 @@ class Pipeline:
     def _opened(self, n_validation: int) -> Tokens:
         if self._tokens is None:
             self._n_held_out = self._n_held_out or n_validation
-            self._tokens = self.source_dataset.open(
+            tokens = self.source_dataset.open(
                 n_validation=self._n_held_out, seed=self.seed, d_vocab=self._source.d_vocab
             )
             if self._resume_at is not None:
-                self._tokens.train.load_state_dict(self._resume_at)
+                tokens.train.load_state_dict(self._resume_at)
+            self._tokens = tokens
         return self._tokens
 
     def _held_out(self, n: int) -> TokenBatch:
@@ -391,13 +403,18 @@ class Pipeline:
             self.progress_bar.set_postfix(stage=stage)
 
     def _report(self) -> None:
-        """Figures since the last report, to wandb, under that library's keys and in its scale."""
+        """Figures since the last report, to wandb, under that library's keys and in its scale. Raises NonFiniteLossError, behind a checkpoint."""
+        if self._reported_at == self.total_activations_trained_on:
+            return
+        self._reported_at = self.total_activations_trained_on
         rows = {}
         for name, step in zip(self.component_names, self.steps.values(), strict=True):
             figures = step.read()
             if figures["first_bad_step"] >= 0:
-                raise RunError(
-                    f"the loss of {name} became NaN or infinite at step {figures['first_bad_step']:.0f}"
+                folder = self.save_checkpoint()
+                raise NonFiniteLossError(
+                    f"the loss of {name} became NaN or infinite at step {figures['first_bad_step']:.0f}, and nothing moved by it; "
+                    f"checkpoint: {folder}"
                 )
             rows[name] = dashboard.training_row(figures, self.n_input_features, self.n_learned_features)
         dashboard.log(dashboard.with_means(rows))
@@ -419,8 +436,14 @@ class Pipeline:
         names = self.component_names
         if len(set(names)) != n or len(names) != n:
             raise ConfigError(f"component_names must be {n}, each another: {', '.join(names)}")
-        if Path(self.run_name).name != self.run_name:
-            raise ConfigError(f"run_name = {self.run_name} must be the name of a folder")
+        if any("*" in name for name in self.cache_names):
+            raise ConfigError(f"cache_names must be hook points, without a *: {', '.join(self.cache_names)}")
+        try:
+            folder_name(self.run_name)
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"run_name = {self.run_name!r}: {error}") from None
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed = {self.seed!r}; must be an integer of at least 0")
         check_positive(log_frequency=self.log_frequency, source_data_batch_size=self.source_data_batch_size)
 
     def _checked_layer(self, layer: int | None) -> int:

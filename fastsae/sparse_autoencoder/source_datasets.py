@@ -86,6 +86,8 @@ class TextDataset(SourceDataset):
         pre_download: bool = False,
         repeat: bool = False,
     ) -> None:
+        if not callable(getattr(tokenizer, "encode", None)):
+            raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers")
         where = _where(dataset_path, dataset_dir, dataset_files, pre_download=pre_download)
         how = _how(context_size, buffer_size, dataset_split)
         self.tokenizer = tokenizer

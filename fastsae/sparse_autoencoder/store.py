@@ -22,14 +22,14 @@ class ActivationStore:
     """
 
     def __init__(self, ring: RingBuffer, names: Sequence[str], origin: dict[str, Any]) -> None:
-        self.ring, self._names, self._origin = ring, list(names), origin
+        self.ring, self.names, self._origin = ring, list(names), origin
 
     def __len__(self) -> int:
         return self.ring.n_undrawn
 
     def __getitem__(self, i: int | slice) -> Float[Tensor, "*n components d_in"]:
         rows = self.ring.peek(i)
-        return torch.stack([rows[name] for name in self._names], -2)
+        return torch.stack([rows[name] for name in self.names], -2)
 
     def shuffle(self) -> None:
         """Another order of what is left."""

@@ -36,7 +36,8 @@ def everything(x, W_encT, b_enc, W_dec, b_dec):
     ops.update_rows(t, codes.values.detach(), out.g, *state, scalars=scalars, betas=(0.9, 0.999), eps=1e-8)
     found = [pre_acts, group_max, *codes[:3], *cut[:3], level, x_hat, *grads, *out[:6], *state]
     found += [*ops.grad_rows(t, codes.values, out.g), *ops.dense_loss(x_hat.detach(), b_dec, x)]
-    return [*found, *ops.dense_codes_grad(acts @ W_dec @ W_dec.T, acts, l1=l1)[1:]]
+    found += ops.dense_jumprelu_grad(pre_acts.detach().clone(), pre_acts, b_enc.abs(), bandwidth=0.5)
+    return [*found, *ops.dense_codes_grad(pre_acts.detach().clone(), acts, l1=l1)]
 
 
 @each_backend

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -699,6 +700,22 @@ def test_one_component_without_an_axis_and_a_model_in_data_parallel(made, model)
         pipeline = made(HOOKS[:1], autoencoder=autoencoder, source_model=nn.DataParallel(model))
     pipeline.run_pipeline(**RUN, max_activations=100)
     assert pipeline.total_activations_trained_on == 100
+
+
+@pytest.mark.skipif(
+    version("transformer-lens") >= "4",
+    reason="TransformerLens 4 has no HookedTransformer; `make peers` installs 3.9",
+)
+def test_a_hooked_transformer_of_transformer_lens_3(made):
+    import transformer_lens as lens
+
+    cfg = lens.HookedTransformerConfig(
+        n_layers=2, d_model=D_MODEL, n_ctx=CONTEXT, d_head=4, d_vocab=D_VOCAB, act_fn="gelu", seed=0
+    )
+    pipeline = made(source_model=lens.HookedTransformer(cfg))
+    pipeline.run_pipeline(**RUN, max_activations=200, validate_frequency=100)
+    assert pipeline.total_activations_trained_on == 200
+    assert all(v.ce_clean > 0 for v in pipeline.validate_sae(50).values())
 
 
 def test_text_and_mock_datasets(made, model, world):

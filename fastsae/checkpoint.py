@@ -185,7 +185,7 @@ class Checkpoint:
             self.forwards: dict[str, Tensor] = load_file(folder / FORWARDS_FILE)
             there = (folder / RING_FILE).exists()
             self.ring: dict[str, Tensor] | None = load_file(folder / RING_FILE) if there else None
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read the checkpoint {folder}: {reason(error)}") from None
         if not self.state.keys() >= FIELDS:
             raise RunError(

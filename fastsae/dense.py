@@ -97,8 +97,7 @@ def gradients(
     if cfg.activation == "jumprelu":
         jump, l0_loss = _jumprelu(sae, pre_acts, acts, g, W_dec, norms, grads, terms)
         l1 = (jump.acts_sum if norms is None else jump.acts_sum * norms).sum() / batch
-        n_codes = jump.n_above.sum().to(acc) / batch
-        g_pre, grads["b_enc"], n_fired = jump.g_pre, jump.g_sum, jump.n_fired
+        g_pre, grads["b_enc"], n_fired, n_above = jump.g_pre, jump.g_sum, jump.n_fired, jump.n_above
         del pre_acts, jump
     else:
         weight = None
@@ -107,7 +106,7 @@ def gradients(
         g_pre, l1_rows, acts_sum, grads["b_enc"], n_fired = ops.dense_codes_grad(
             g @ W_dec.T, acts, l1=weight, norms=norms
         )
-        l1, n_codes = l1_rows.sum() / batch, n_fired.sum().to(acc) / batch
+        l1, n_above = l1_rows.sum() / batch, None
         if weight is not None:
             losses = mse_rows + weight * l1_rows
             if norms is not None:
@@ -120,7 +119,9 @@ def gradients(
     grads["b_dec"] = g_sum
     if cfg.apply_b_dec_to_input:
         grads["b_dec"] = g_sum - sae.W_enc @ grads["b_enc"]
-    out = StepOutput.of(mse, l1, l0_loss, aux_loss, n_fired.sum().to(acc) / batch, terms)
+    l0_now = n_fired.sum().to(acc) / batch
+    n_codes = l0_now if n_above is None else n_above.sum().to(acc) / batch
+    out = StepOutput.of(mse, l1, l0_loss, aux_loss, l0_now, terms)
     return Gradients(grads, out, n_fired, level, n_codes, losses=losses if with_losses else None)
 
 

@@ -87,6 +87,7 @@ class Optimizer:
         return grad_norm
 
     def adam(self, name: str, g: Tensor, scale: Tensor, skip: Tensor, now: Scalars) -> None:
+        """Step one parameter with its gradient times scale; where skip is not 0 it stays where it is. g is overwritten."""
         param = self.rows()[name]
         adam_(
             param,

@@ -156,26 +156,17 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def load_old_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `old_state_dict`, or that library, returned. Raises RunError for a missing name or another shape; nothing has changed then."""
-        for name, here in self.old_state_dict().items():
-            there = state.get(name, state.get(BIASES[0]) if name in BIASES else None)
-            if not isinstance(there, Tensor) or there.shape != here.shape:
-                what = list(there.shape) if isinstance(there, Tensor) else "missing"
-                raise RunError(
-                    f"the weights are not those of {self.config}: {name} is {what}, not {list(here.shape)}"
-                )
+        _check_fit(self.config, state)
         for i, sae in enumerate(self.components):
             own = {name: t if self.config.n_components is None else t[i] for name, t in state.items()}
-            try:
-                sae.load_folded(
-                    {
-                        "W_enc": own["encoder.weight"].T,
-                        "b_enc": own["encoder.bias"],
-                        "W_dec": own["decoder.weight"].T,
-                        "b_dec": own[BIASES[0]],
-                    }
-                )
-            except RuntimeError as error:
-                raise RunError(f"the weights are not those of {self.config}: {reason(error)}") from None
+            sae.load_folded(
+                {
+                    "W_enc": own["encoder.weight"].T,
+                    "b_enc": own["encoder.bias"],
+                    "W_dec": own["decoder.weight"].T,
+                    "b_dec": own[BIASES[0]],
+                }
+            )
 
     def save(self, path: Path | str) -> None:
         """Write config and weights under that library's names; torch.load opens it with weights_only."""
@@ -208,7 +199,7 @@ class SparseAutoencoder(nn.Module):
                 raise ConfigError(
                     f"component_idx = {component_idx!r}, but {path} has {config.n_components} components"
                 )
-            SparseAutoencoder(config).load_old_state_dict(state)  # or it does not fit
+            _check_fit(config, state)
             config = config.model_copy(update={"n_components": None})
             state = {name: t[component_idx] for name, t in state.items()}
         loaded = SparseAutoencoder(config)
@@ -232,6 +223,19 @@ class LitSparseAutoencoder(SparseAutoencoder):
     def sparse_autoencoder(self) -> SparseAutoencoder:
         """Where that library kept the weights: here they are its own."""
         return self
+
+
+def _check_fit(config: SparseAutoencoderConfig, state: dict[str, Tensor]) -> None:
+    """Raise RunError for a name that `state` lacks, or a shape that is not of this config."""
+    d_in, d_sae = config.n_input_features, config.n_learned_features
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "decoder.weight": (d_in, d_sae)}
+    components = [] if config.n_components is None else [config.n_components]
+    for name, own in (shapes | dict.fromkeys(BIASES, (d_in,))).items():
+        wanted = [*components, *own]
+        found = state.get(name, state.get(BIASES[0]) if name in BIASES else None)
+        if not isinstance(found, Tensor) or list(found.shape) != wanted:
+            what = list(found.shape) if isinstance(found, Tensor) else "missing"
+            raise RunError(f"the weights are not those of {config}: {name} is {what}, not {wanted}")
 
 
 def _read(path: Path, *, trust_pickle: bool) -> tuple[SparseAutoencoderConfig, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,9 @@ def _wandb_run() -> Any:
 def log(row: dict[str, float]) -> None:
     """To wandb, where a run of it is active; a failure is a warning."""
     run = _wandb_run()
-    try:
-        if run is not None:
+    if run is not None:
+        with _warned("wandb did not take the figures"):
             run.log(row)
-    except Exception as error:  # noqa: BLE001 - as below
-        warnings.warn(f"wandb did not take the figures: {first_line(error)}", stacklevel=3)
 
 
 def upload(folder: Path) -> None:
@@ -69,11 +69,18 @@ def upload(folder: Path) -> None:
     run = _wandb_run()
     if run is None:
         return
-    try:
+    with _warned(f"{folder} was saved and not uploaded"):
         import wandb
 
         artifact = wandb.Artifact(folder.name, type="model")
         artifact.add_dir(str(folder))
         run.log_artifact(artifact)
+
+
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """An error in this block is a warning."""
+    try:
+        yield
     except Exception as error:  # noqa: BLE001 - whatever a network and wandb raise
-        warnings.warn(f"{folder} was saved and not uploaded: {first_line(error)}", stacklevel=3)
+        warnings.warn(f"{what}: {first_line(error)}", stacklevel=5)  # of the caller's caller

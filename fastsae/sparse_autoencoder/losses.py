@@ -13,10 +13,9 @@ from torch import Tensor
 from fastsae.errors import ConfigError
 
 
-@dataclass(frozen=True)
 class _Loss(ABC):
-    num_components: int = 1
-    keep_batch_dim: bool = False
+    num_components: int
+    keep_batch_dim: bool
 
     def __call__(
         self,
@@ -43,36 +42,42 @@ class _Loss(ABC):
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
 class L1AbsoluteLoss(_Loss):
     """sum_j |acts_j|."""
+
+    num_components: int = 1
+    keep_batch_dim: bool = False
 
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor:
         return _l1(acts)
 
 
+@dataclass(frozen=True)
 class L2ReconstructionLoss(_Loss):
     """mean_i (x_hat - x)_i^2."""
+
+    num_components: int = 1
+    keep_batch_dim: bool = False
 
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor:
         return _l2(x, x_hat)
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class SparseAutoencoderLoss(_Loss):
     """l1_coefficient * sum_j |acts_j| + mean_i (x_hat - x)_i^2: what Pipeline trains on, a component at a time.
 
     The weight that counts there is the autoencoder's, `LitSparseAutoencoderConfig.l1_coefficient`.
     """
 
+    num_components: int = 1
     l1_coefficient: float = 0.001
+    keep_batch_dim: bool = False
 
-    def __init__(
-        self, num_components: int = 1, l1_coefficient: float = 0.001, keep_batch_dim: bool = False
-    ) -> None:
-        if not l1_coefficient > 0:
-            raise ConfigError(f"l1_coefficient = {l1_coefficient}; must be above 0")
-        super().__init__(num_components, keep_batch_dim)
-        object.__setattr__(self, "l1_coefficient", l1_coefficient)
+    def __post_init__(self) -> None:
+        if not self.l1_coefficient > 0:
+            raise ConfigError(f"l1_coefficient = {self.l1_coefficient}; must be above 0")
 
     def _of_items(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> Tensor:
         return self.l1_coefficient * _l1(acts) + _l2(x, x_hat)

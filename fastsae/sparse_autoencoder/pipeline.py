@@ -32,6 +32,7 @@ from fastsae.sparse_autoencoder.source_datasets import SourceDataset
 from fastsae.sparse_autoencoder.store import ActivationStore, check_positive
 from fastsae.step import TrainStep
 from fastsae.tokens import Tokens
+from fastsae.train import crossed
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,10 @@ class Pipeline:
         check_positive(validation_n_activations=validation_n_activations)
         found = evaluate(
             self._source,
-            dict(zip(self.component_names, self._pairs(), strict=True)),
+            {
+                name: (hook, step.sae)
+                for name, (hook, step) in zip(self.component_names, self.steps.items(), strict=True)
+            },
             self._held_out(validation_n_activations),
             batch_size=self.source_data_batch_size,
         )
@@ -229,8 +233,8 @@ class Pipeline:
             raise RunError(
                 f"{folder} is no checkpoint of a pipeline: its run.json lacks {', '.join(missing)}"
             )
-        if state.get("cache_names") != self.cache_names:
-            raise RunError(f"{folder} is of {state.get('cache_names')}, not of {self.cache_names}")
+        if state["cache_names"] != self.cache_names:
+            raise RunError(f"{folder} is of {state['cache_names']}, not of {self.cache_names}")
         read_steps(Path(folder), self.steps)
         self.total_activations_trained_on = state["total_activations_trained_on"]
         self._n_generated, self._n_held_out = state["n_generated"], state["n_held_out"]
@@ -285,10 +289,10 @@ class Pipeline:
                 try:
                     self._stage("train")
                     for n in self._train(self._store, train_batch_size, n_left):
-                        if self._crossed(n, validate_frequency):
+                        if crossed(self.total_activations_trained_on, n, validate_frequency):
                             self._stage("validate")
                             self.validate_sae(validation_n_activations)
-                        if self._crossed(n, checkpoint_frequency):
+                        if crossed(self.total_activations_trained_on, n, checkpoint_frequency):
                             self._stage("checkpoint")
                             self.save_checkpoint()
                         if stop.is_set():
@@ -374,7 +378,7 @@ class Pipeline:
 
     def _held_out(self, n: int) -> TokenBatch:
         """Contexts with at least n positions that count, from the first ones that are held out; all where these are fewer."""
-        held_out = self._opened(max(n, 1)).validation
+        held_out = self._opened(n).validation
         counted = held_out.keep.sum(1).cumsum(0)
         n_contexts = int((counted < n).sum()) + 1
         if n_contexts > len(held_out):
@@ -388,15 +392,8 @@ class Pipeline:
     def _per_forward(self) -> int:
         return self.source_data_batch_size * self.source_dataset.context_size
 
-    def _pairs(self) -> list[tuple[str, Any]]:
-        return list(zip(self.cache_names, self.autoencoder.components, strict=True))
-
     def _fired(self) -> Int[Tensor, "components d_sae"]:
         return torch.stack([step.times_fired for step in self.steps.values()]).cpu()
-
-    def _crossed(self, n: int, every: int | None) -> bool:
-        now = self.total_activations_trained_on
-        return every is not None and now // every > (now - n) // every
 
     def _stage(self, stage: str) -> None:
         if self.progress_bar is not None:

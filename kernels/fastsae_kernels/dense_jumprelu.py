@@ -134,7 +134,7 @@ def dense_jumprelu_grad_ref(
     return JumpReLUGrad(g_pre, fired, n_above, n_in_band, g_in_band, g_pre.sum(0), acts.sum(0))
 
 
-def _triton(
+def _dense_jumprelu_triton(
     g_acts: Tensor,
     pre_acts: Tensor,
     threshold: Tensor,
@@ -175,7 +175,7 @@ def _triton(
     return fired, above, in_band, g_in_band.sum(0), g_sum.sum(0), acts_sum.sum(0)
 
 
-def _torch(
+def _dense_jumprelu_torch(
     g_acts: Tensor,
     pre_acts: Tensor,
     threshold: Tensor,
@@ -193,6 +193,9 @@ def _torch(
     step = max(CHUNK // max(n, 1), 1)
     ones = pre_acts.new_ones(min(step, batch), n, dtype=sums)
     overs, parts = torch.empty_like(ones), torch.empty_like(ones)
+    weights = None if norms is None else norms.to(sums)
+    scale = tanh_scale if weights is None else weights * tanh_scale
+    rise = None if slope is None else slope.to(sums) * tanh_scale
     wide = [torch.empty_like(ones) if t.dtype != sums else None for t in (pre_acts, g_acts)]
     for start in range(0, batch, step):
         stop = min(start + step, batch)
@@ -202,12 +205,11 @@ def _torch(
             for t, buffer in zip((pre_acts, g_acts), wide, strict=True)
         )
         one, over, part = ones[: len(pre)], overs[: len(pre)], parts[: len(pre)]
-        if slope is not None:
+        if rise is not None:
             torch.sub(pre, level, out=over)
             where_positive(pre, over, 0, grad_input=part)
-            part.mul_(tanh_scale if norms is None else norms.to(sums) * tanh_scale)
-            bend = part.tanh_().square_().neg_().add_(1).mul_(slope.to(sums) * tanh_scale)
-            g.add_(bend if norms is None else bend.mul_(norms.to(sums)))
+            bend = part.mul_(scale).tanh_().square_().neg_().add_(1).mul_(rise)
+            g.add_(bend if weights is None else bend.mul_(weights))
         torch.sub(pre, low, out=over)
         where_positive(one, over, 0, grad_input=part)
         above += part.sum(0)
@@ -236,7 +238,7 @@ def _dense_jumprelu_grad(
     norms: Tensor | None,
     tanh_scale: float,
 ) -> Sums:
-    form = _triton if backend(pre_acts) == "triton" else _torch
+    form = _dense_jumprelu_triton if backend(pre_acts) == "triton" else _dense_jumprelu_torch
     return form(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
 
 

@@ -33,7 +33,7 @@ from fastsae_kernels._rows import norms_triton, rows_triton
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.decode import _decode_triton, _g_values_triton
 from fastsae_kernels.decode_loss import _decode_loss_triton
-from fastsae_kernels.dense_jumprelu import _triton as _dense_jumprelu_triton
+from fastsae_kernels.dense_jumprelu import _dense_jumprelu_triton
 from fastsae_kernels.dense_loss import _dense_codes_grad_triton, _dense_loss_triton
 from fastsae_kernels.encode import _encode_triton
 from fastsae_kernels.move_rows import _move_rows_triton

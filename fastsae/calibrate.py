@@ -83,11 +83,13 @@ def _seconds(path: str, precision: Precision, x: Tensor, d_sae: int, share: floa
 
 
 def _key(device: torch.device, precision: Precision) -> str:
+    from fastsae_kernels import backend_name  # loads triton: not at the top
+
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         units = torch.backends.cpu.get_cpu_capability()
-        name = f"{platform.machine()} {units}, {torch.get_num_threads()} threads"
+        name = f"{platform.machine()} {units}, {torch.get_num_threads()} threads, {backend_name(device)}"
     return f"{name}, {precision}, torch {torch.__version__}, fastsae {__version__}"
 
 

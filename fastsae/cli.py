@@ -270,9 +270,11 @@ def eval_(
 def info(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     """Versions, device and backend; with a config, the memory that its run will take."""
     from fastsae.prepare import pick_device, prepare
-    from fastsae.report import backend_name, device_name, info_table, memory_table, versions
+    from fastsae.report import device_name, info_table, memory_table, versions
+    from fastsae_kernels import backend_name
 
-    facts = {**versions(), "device": device_name(pick_device("auto")), "backend": backend_name()}
+    device = pick_device("auto")
+    facts = {**versions(), "device": device_name(device), "backend": backend_name(device)}
     mem_bytes = None
     if config is not None:
         config = config / "config.toml" if config.is_dir() else config  # a run's

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from fastsae.paths import first_slots
 from fastsae.ring import rows_held
 
 WIDE = 2  # on the dense path, tensors of [batch, d_sae] that live at once
-# There on a CPU, tensors of a chunk of these that live within an op, in the dtype of its sums: for fp32, and for bf16.
+# There on a CPU in plain torch, tensors of a chunk of these that live within an op, in the dtype of its sums: for fp32, and for bf16.
 CHUNKS = {"relu": (2.5, 4.5), "topk": (2.5, 4.5), "batchtopk": (2.5, 4.5), "jumprelu": (4.0, 5.5)}
 SUMS = {
     "relu": 3,
@@ -22,10 +23,23 @@ SUMS = {
     "batchtopk": 3,
     "jumprelu": 6,
 }  # and on a GPU, of a block of rows, which a second pass adds up
-CODE_BYTES = (
-    44  # on the sparse path: index and value, and what the selection and the transposition hold on the way
-)
-TAKEN_BYTES = 28  # of a code that is left of that when gradient rows are summed
+
+
+class Form(NamedTuple):
+    """What the ops of the sparse path hold on the way, in the forms that a device runs."""
+
+    code: int
+    """Bytes of a code: index and value, and what selection, decoding and transposition add."""
+    taken: int
+    """Of that, what is left when gradient rows are summed."""
+    decoded: int
+    """Tensors of [batch, d_out] beside a decoding."""
+    explained: int
+    """The same as dead latents' gradient is added."""
+
+
+CPP = Form(code=24, taken=20, decoded=1, explained=0)
+OTHERS = Form(code=44, taken=28, decoded=3, explained=2)
 GROUPS_PER_CODE = 1.2  # groups of latents that a selection reads, before some coincide
 
 
@@ -101,10 +115,12 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
     the dense path too, which takes what does not fit there. AuxK is in it from the start.
     """
     assert step.crossover != "auto"
-    if step.accumulate > 1:  # by the piece, with all gradients twice: the sum, and those of a piece
+    if (
+        step.accumulate > 1
+    ):  # by the piece, with all inputs, and all gradients twice: the sum, and those of a piece
         whole = step.model_copy(update={"accumulate": 1})
-        summed = _master_bytes(step) * n_parameters(shape)
-        return 2 * summed + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
+        kept = _master_bytes(step) * (2 * n_parameters(shape) + batch * shape.d_in)
+        return kept + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
     on_gpu = device_type == "cuda"
     may_overflow = on_gpu and shape.k is None
     n_codes = shape.k or max(round(step.crossover * shape.d_sae), 1)
@@ -131,7 +147,9 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str
     rows = batch * (d_in + d_out) * compute
     casts = n * (d_in + d_out) * 2 if half else 0
     gradients = n * (d_in + d_out) * element
-    if device_type == "cpu":
+    if _in_cpp(step, device_type) and step.l0_loss != "tanh":
+        chunks = n * d_out * 2.0 * half  # nothing within an op, but a gradient before it is widened
+    elif device_type == "cpu":
         chunks = CHUNKS[shape.activation][half] * min(CHUNK, batch * n) * element
     else:
         chunks = SUMS[shape.activation] * -(-batch // ROWS) * n * 4.0
@@ -140,9 +158,11 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str
     within = WIDE * batch * n * compute + rows + n * d_out * element + casts + chunks
     auxk = 0.0
     if step.auxk_coefficient and step.k_aux:
-        select = select_bytes(shape, step, batch, step.k_aux, device_type)
-        auxk = gradients + rows + casts + max(auxk_bytes(shape, step, batch), select)
-    return round(max(within, auxk, gradients + n * d_out * element))
+        form = CPP if _in_cpp(step, device_type) else OTHERS
+        dead = dead_bytes(shape, step, batch, device_type)
+        auxk = gradients + rows + casts + max(auxk_bytes(shape, step, batch, form), dead)
+    projects = shape.decoder_norm == "unit" or step.l1_coefficient is not None or step.l0_loss == "tanh"
+    return round(max(within, auxk, gradients + projects * n * d_out * element))
 
 
 def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int, device_type: str) -> int:
@@ -154,24 +174,38 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
     element = _master_bytes(step)
     compute = 2 if step.precision == "bf16" else element
     rows, auxk = batch * 2 * d_in * element, 0
-    decode = batch * (3 * d_out * element + n_codes * CODE_BYTES)
+    form = CPP if _in_cpp(step, device_type) else OTHERS
+    decode = batch * (form.decoded * d_out * element + n_codes * form.code)
+    select = select_bytes(shape, step, batch, n_codes, device_type)
     if step.auxk_coefficient and step.k_aux:
         wide_rows = (
             2 if shape.activation == "batchtopk" else 1
         )  # codes of all rows are as many as of the fullest
-        rows += batch * (d_out * (element + compute) + wide_rows * n_codes * TAKEN_BYTES)
-        auxk = n * (d_in + d_out) * element + auxk_bytes(shape, step, batch)
+        rows += batch * (d_out * (element + compute) + wide_rows * n_codes * form.taken)
+        auxk = n * (d_in + d_out) * element + auxk_bytes(shape, step, batch, form)
+        select = max(select, dead_bytes(shape, step, batch, device_type))
         n_codes = max(n_codes, step.k_aux)
     if step.l0_loss == "tanh" and shape.decoder_norm == "free":  # writes its gradients out
-        auxk = n * (d_in + 2 * d_out) * element + batch * n_codes * CODE_BYTES
-    return round(rows + max(select_bytes(shape, step, batch, n_codes, device_type), decode, auxk))
+        auxk = n * (d_in + 2 * d_out) * element + batch * n_codes * form.code
+    return round(rows + max(select, decode, auxk))
 
 
-def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int) -> int:
+def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int, form: Form) -> int:
     """Codes of dead latents, with what they explain, and what they add to one matrix's gradient."""
     d_in, d_out, element = shape.d_in, shape.d_out or shape.d_in, _master_bytes(step)
     assert step.k_aux is not None
-    return batch * (step.k_aux * TAKEN_BYTES + 2 * d_out * element) + shape.d_sae * max(d_in, d_out) * element
+    more = shape.d_sae * max(d_in, d_out) * element
+    return batch * (step.k_aux * form.taken + form.explained * d_out * element) + more
+
+
+def dead_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
+    """What finding k_aux of dead latents holds; beside C++'s little the rows of W_enc that it encodes with count."""
+    assert step.k_aux is not None
+    if not _in_cpp(step, device_type):
+        return select_bytes(shape, step, batch, step.k_aux, device_type)
+    compute = 2 if step.precision == "bf16" else 4
+    topk = shape.model_copy(update={"activation": "topk", "k": step.k_aux})
+    return select_bytes(topk, step, batch, step.k_aux, device_type) + shape.d_sae * shape.d_in * compute
 
 
 def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, device_type: str) -> int:
@@ -188,8 +222,13 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     compute = 2 if half else _master_bytes(step)
     chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     n_groups = -(-n // GROUP)
+    if _in_cpp(step, device_type) and shape.activation != "batchtopk":
+        hits = 0 if shape.k else 4 * n_groups
+        slow = half and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
+        in_fp32 = n * (shape.d_in + min(chunk, CHUNK_ROWS)) * 4 if slow else 0
+        return chunk * (n * compute + hits) + batch * n_codes * (4 + compute) + in_fp32
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
-    select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * CODE_BYTES)
+    select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * OTHERS.code)
     wide = chunk * (n + n_groups) * compute
     if half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16)):
         wide += n * shape.d_in * 4
@@ -197,6 +236,13 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     elif half and device_type == "cpu":
         select = max(select, min(chunk, WIDE_ROWS) * n * 4)
     return round(wide + select)
+
+
+def _in_cpp(step: StepConfig, device_type: str) -> bool:
+    """Whether the ops are those in C++."""
+    from fastsae_kernels._launch import backend  # loads triton: not at the top
+
+    return device_type == "cpu" and step.precision != "fp64" and backend(torch.empty(0)) == "cpp"
 
 
 def _master_bytes(step: StepConfig) -> int:

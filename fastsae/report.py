@@ -172,11 +172,6 @@ def memory_table(mem_bytes: Mapping[str, int]) -> Table:
     return table
 
 
-def backend_name() -> str:
-    """What the sparse ops run on here."""
-    return "Triton" if torch.cuda.is_available() else "PyTorch ops"
-
-
 def info_table(facts: Mapping[str, str]) -> Table:
     """Names and versions, two columns."""
     table = Table(show_header=False)

@@ -61,12 +61,15 @@ def mark(model: Any) -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """On what the same numbers come out to the bit."""
+    from fastsae_kernels import backend_name  # loads triton: not at the top
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "fastsae": __version__,
+        "ops": backend_name(device),
     }
 
 

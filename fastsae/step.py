@@ -209,7 +209,7 @@ class TrainStep:
             if operands is None:
                 found = gradients(self.sae, rows, wanted, terms, self.compute, with_losses=self._with_losses)
             else:
-                found, _ = self._sparse(rows, wanted, terms, *operands, width)
+                found = self._sparse(rows, wanted, terms, *operands, width)[0]
             found = found if len(rows) == len(x) else found.times(len(rows) / len(x))
             total = found if total is None else total.plus(found)
         assert total is not None

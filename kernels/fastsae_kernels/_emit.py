@@ -22,7 +22,7 @@ from fastsae_kernels._launch import (
     tl,
 )
 from fastsae_kernels.codes import Codes, rows, tail_starts
-from fastsae_kernels.encode import GROUP, group_max_of
+from fastsae_kernels.encode import GROUP
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of Codes; tail_starts is empty where there is no tail
 Size = int | torch.SymInt
@@ -353,8 +353,8 @@ def scatter_grad(ctx, g_values: Tensor) -> Tensor:
 
 def check_selection(
     pre_acts: Tensor, group_max: Tensor | None, width: int | None, n_tail: int | None
-) -> Tensor:
-    """Validate what the ragged selections have in common; the group maxima."""
+) -> Tensor | None:
+    """Validate what the ragged selections have in common; the group maxima, if they were given."""
     check("pre_acts", pre_acts, (None, None))
     batch, d_sae = pre_acts.shape
     if not d_sae:
@@ -370,7 +370,6 @@ def check_selection(
             f"n_tail is {n_tail}, but without a width every row fits: give a width or leave it 0"
         )
     if group_max is None:
-        own: Tensor = group_max_of(pre_acts.detach())
-        return own
+        return None
     check("group_max", group_max, (batch, cdiv(d_sae, GROUP)), dtypes=(pre_acts.dtype,), like=pre_acts)
     return group_max.detach()

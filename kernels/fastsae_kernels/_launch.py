@@ -1,7 +1,7 @@
 """Where an op runs, and how its kernels are launched.
 
-`backend` is the one place that chooses: Triton on a CUDA device of capability 8.0 or more, plain torch
-everywhere else, also where triton is not installed (macOS, Windows). Every launch goes through `launch`,
+`backend` is the one place that chooses: Triton on a CUDA device of capability 8.0 or more, C++ on a CPU where there is a
+compiler, plain torch everywhere else, also where triton is not installed (macOS, Windows). Every launch goes through `launch`,
 which the tests replace to compile what would have run on a GPU that is not there.
 """
 
@@ -12,10 +12,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+from fastsae_kernels import _cpp
 
 triton: Any
 tl: Any
@@ -25,8 +27,9 @@ try:
 except ModuleNotFoundError:  # no wheel for this platform: the kernels are never launched, only defined
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-Backend = Literal["triton", "torch"]
+Backend = Literal["triton", "cpp", "torch"]
 Capability = tuple[int, int]
+Form = TypeVar("Form", bound=Callable[..., Any])
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of technical specifications).
@@ -61,13 +64,29 @@ def backend(tensor: Tensor) -> Backend:
     """What runs for `tensor`; says so once per device in the log. fp64 is plain torch's: kernels add up in fp32."""
     if tensor.dtype == torch.float64:
         return "torch"
-    return _forced[-1].backend or _backend(tensor.device)
+    chosen = _forced[-1].backend or _backend(tensor.device)
+    if chosen == "cpp" and (tensor.dtype not in _cpp.DTYPES or tensor.device.type != "cpu"):
+        return "torch"
+    return chosen
+
+
+def backend_name(device: torch.device | str) -> str:
+    """What runs on a device, in words; for C++ with some digits that the last bits depend on."""
+    chosen = backend(torch.empty(0, device=device))
+    if chosen == "cpp":
+        return f"C++ {_cpp.identity()}"
+    return "Triton" if chosen == "triton" else "PyTorch ops"
+
+
+def form(tensor: Tensor, *, triton: Form, torch: Form, cpp: Form | None = None) -> Form:
+    """The form of an op that runs for `tensor`; the torch form where there is none in C++."""
+    return {"triton": triton, "cpp": cpp or torch, "torch": torch}[backend(tensor)]
 
 
 @functools.cache
 def _backend(device: torch.device) -> Backend:
     if device.type != "cuda":
-        return "torch"
+        return "cpp" if device.type == "cpu" and _cpp.is_available() else "torch"
     if triton is None or torch.cuda.get_device_capability(device) < (8, 0):
         reason = (
             "triton is not installed" if triton is None else "its compute capability is below 8.0 (Ampere)"
@@ -88,12 +107,14 @@ def use_backend(
     """Run every op in this block on `name`, whatever the device: in all threads, as a backward pass may run in another.
 
     Args:
-        name: "torch", or "triton": on tensors in the CPU's memory that needs TRITON_INTERPRET=1.
+        name: "torch"; "cpp", which goes for tensors in the CPU's memory alone; or "triton": on those it needs TRITON_INTERPRET=1.
         capability: choose configs for this GPU in place of the one that is there.
         recorder: called as recorder(kernel, grid, arguments, options) in place of each launch.
     """
-    if name not in ("torch", "triton"):
-        raise ValueError(f"backend is {name!r}, but must be torch or triton")
+    if name not in get_args(Backend):
+        raise ValueError(f"backend is {name!r}, but must be one of: {', '.join(get_args(Backend))}")
+    if name == "cpp" and not _cpp.is_available():
+        raise ValueError("backend is 'cpp', but its forms cannot be compiled here: the log says why")
     own = _Forced(name, capability, recorder)
     _forced.append(own)
     try:

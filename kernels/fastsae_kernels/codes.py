@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._launch import check, jit, tl
 
 
@@ -150,3 +151,9 @@ def to_dense(codes: Codes, d_sae: int) -> Tensor:
     acts = codes.values.new_zeros(len(codes.counts), d_sae)
     acts[owner.long(), latent.long()] = codes.values.flatten()[slots]
     return acts
+
+
+def cpp_codes(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
+    """As the C++ forms take them."""
+    (n_rows, width), batch = codes.indices.shape, len(codes.counts)
+    return codes.indices, _cpp.wide(codes.values), codes.counts, codes.tail_starts, batch, n_rows, width

@@ -11,12 +11,14 @@ import warnings
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels import _cpp
+from fastsae_kernels._launch import cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import (
     Codes,
     Entries,
     check_codes,
+    cpp_codes,
     entries,
     load_codes,
     load_rows,
@@ -208,6 +210,26 @@ def _decode_torch(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     return x_hat if b_dec is None else x_hat.add_(b_dec)
 
 
+def _decode_cpp(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    batch, d = len(codes.counts), W_dec.shape[1]
+    x_hat = W_dec.new_empty(batch, d)
+    b_dec = None if b_dec is None else _cpp.wide(b_dec)
+    _cpp.call("decode", _cpp.is_half(W_dec), *cpp_codes(codes), W_dec, b_dec, d, x_hat)
+    return x_hat
+
+
+def _g_values_torch(codes: Codes, W_dec: Tensor, g: Tensor) -> Tensor:
+    return gathered_dots(codes, entries(codes), W_dec, g, codes.values.dtype)
+
+
+def _g_values_cpp(codes: Codes, W_dec: Tensor, g: Tensor) -> Tensor:
+    out = torch.zeros_like(codes.values, dtype=torch.float32)  # free slots are never stored
+    indices, _, *slots = cpp_codes(codes)
+    half = _cpp.is_half(W_dec)
+    _cpp.call("gathered_dots", half, indices, *slots, W_dec, _cpp.wide(g), W_dec.shape[1], out)
+    return out.to(codes.values.dtype)
+
+
 @op("decode")
 def _decode(
     indices: Tensor,
@@ -217,8 +239,8 @@ def _decode(
     W_dec: Tensor,
     b_dec: Tensor | None,
 ) -> Tensor:
-    form = _decode_triton if backend(W_dec) == "triton" else _decode_torch
-    return form(Codes(indices, values, counts, tail_starts), W_dec, b_dec)
+    own = form(W_dec, triton=_decode_triton, cpp=_decode_cpp, torch=_decode_torch)
+    return own(Codes(indices, values, counts, tail_starts), W_dec, b_dec)
 
 
 @_decode.register_fake
@@ -237,10 +259,8 @@ def _(
 def _g_values(
     indices: Tensor, values: Tensor, counts: Tensor, tail_starts: Tensor | None, W_dec: Tensor, g: Tensor
 ) -> Tensor:
-    codes = Codes(indices, values, counts, tail_starts)
-    if backend(W_dec) == "triton":
-        return _g_values_triton(codes, W_dec, g)
-    return gathered_dots(codes, entries(codes), W_dec, g, values.dtype)
+    own = form(W_dec, triton=_g_values_triton, cpp=_g_values_cpp, torch=_g_values_torch)
+    return own(Codes(indices, values, counts, tail_starts), W_dec, g)
 
 
 @_g_values.register_fake

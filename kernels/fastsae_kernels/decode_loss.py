@@ -13,11 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import FLOATS, backend, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels import _cpp
+from fastsae_kernels._launch import FLOATS, cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
 from fastsae_kernels.codes import (
     Codes,
     check_codes,
+    cpp_codes,
     entries,
     load_codes,
     load_rows,
@@ -28,6 +30,10 @@ from fastsae_kernels.codes import (
 )
 from fastsae_kernels.decode import bag_sums, gathered_dots, tile_size
 
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # of DecodeLoss; x_hat is empty unless it is asked for
+CPP_BLOCK = 64  # rows of a partial sum of g: BLOCK in cpp/decode.cpp
 MAX_ONE_TILE = 128  # slots in a row for which a tile of 64 columns still holds all of its entries
 
 
@@ -191,7 +197,7 @@ def _decode_loss_triton(
     norms: Tensor | None,
     out_dtype: torch.dtype,
     return_x_hat: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     (n_rows, width), (batch, d) = codes.indices.shape, target.shape
     has_tail = codes.tail_starts is not None
     one_tile = width <= MAX_ONE_TILE
@@ -232,7 +238,9 @@ def _decode_loss_triton(
         BLOCK_K=block_k,
         BLOCK_D=min(next_power_of_2(d), 256, tile_size(d) // block_k),
     )
-    return g, g_values, mse, l1_rows, x_hat
+    # A pass of its own over g, which costs a sixteenth of the gather at 32 active latents. Within the kernel, partial
+    # sums of the columns would need programs of many rows, and the sums of all its columns kept by each.
+    return g, g_values, mse, l1_rows, g.sum(0, dtype=torch.float32), x_hat
 
 
 def _decode_loss_torch(
@@ -244,7 +252,7 @@ def _decode_loss_torch(
     norms: Tensor | None,
     out_dtype: torch.dtype,
     return_x_hat: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     sums = torch.promote_types(W_dec.dtype, torch.float32)
     taken, batch = entries(codes), max(len(target), 1)
     x_hat = bag_sums(codes, taken, W_dec).to(sums).add_(b_dec)
@@ -268,7 +276,42 @@ def _decode_loss_torch(
         l1_rows = l1_rows.index_add(0, owners[len(target) :], slot_sums[len(target) :])
     if l1 is not None:
         g_values += torch.ops.aten.threshold_backward(norm, values, 0).mul_(l1.to(sums) / batch)
-    return g_out, g_values, mse, l1_rows.clone(), kept
+    return g_out, g_values, mse, l1_rows.clone(), g_out.sum(0, dtype=sums), kept
+
+
+def _decode_loss_cpp(
+    codes: Codes,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    l1: Tensor | None,
+    norms: Tensor | None,
+    out_dtype: torch.dtype,
+    return_x_hat: bool,
+) -> Outputs:
+    batch, d = target.shape
+    g = W_dec.new_empty(batch, d, dtype=out_dtype if out_dtype in _cpp.DTYPES else torch.float32)
+    g_values = torch.zeros_like(codes.values, dtype=torch.float32)  # free slots are never stored
+    mse = W_dec.new_empty(batch, dtype=torch.float32)
+    l1_rows = torch.empty_like(mse)
+    g_sums = mse.new_empty(cdiv(batch, CPP_BLOCK), d)
+    x_hat = g.new_empty((batch, d) if return_x_hat else (0,))
+    _cpp.call(
+        "decode_loss",
+        _cpp.is_half(W_dec),
+        _cpp.is_half(g),
+        *cpp_codes(codes),
+        W_dec,
+        *(None if t is None else _cpp.wide(t) for t in (b_dec, target, l1, norms)),
+        d,
+        g,
+        g_values,
+        mse,
+        l1_rows,
+        g_sums,
+        x_hat if return_x_hat else None,
+    )
+    return g.to(out_dtype), g_values, mse, l1_rows, g_sums.sum(0), x_hat.to(out_dtype)
 
 
 @op("decode_loss")
@@ -284,10 +327,10 @@ def _decode_loss(
     norms: Tensor | None,
     out_dtype: torch.dtype,
     return_x_hat: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form = _decode_loss_triton if backend(W_dec) == "triton" else _decode_loss_torch
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own = form(W_dec, triton=_decode_loss_triton, cpp=_decode_loss_cpp, torch=_decode_loss_torch)
     codes = Codes(indices, values, counts, tail_starts)
-    return form(codes, W_dec, b_dec, target, l1, norms, out_dtype, return_x_hat)
+    return own(codes, W_dec, b_dec, target, l1, norms, out_dtype, return_x_hat)
 
 
 @_decode_loss.register_fake
@@ -303,12 +346,13 @@ def _(
     norms: Tensor | None,
     out_dtype: torch.dtype,
     return_x_hat: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     sums = torch.promote_types(W_dec.dtype, torch.float32)
     g = torch.empty_like(target, dtype=out_dtype)
     mse = target.new_empty(target.shape[0], dtype=sums)
     x_hat = torch.empty_like(g) if return_x_hat else g.new_empty(0)
-    return g, torch.empty_like(values, dtype=sums), mse, torch.empty_like(mse), x_hat
+    g_values, g_sum = torch.empty_like(values, dtype=sums), mse.new_empty(target.shape[1])
+    return g, g_values, mse, torch.empty_like(mse), g_sum, x_hat
 
 
 def decode_loss(
@@ -361,11 +405,8 @@ def decode_loss(
     if out_dtype not in FLOATS:
         raise ValueError(f"out_dtype is {out_dtype}, but must be a floating dtype")
     with torch.no_grad():
-        g, g_values, mse, l1_rows, x_hat = _decode_loss(
+        g, g_values, mse, l1_rows, g_sum, x_hat = _decode_loss(
             *codes, W_dec, b_dec, target, l1, norms, out_dtype, return_x_hat
         )
-        # A pass of its own over g, which costs a sixteenth of the gather at 32 active latents. Within the kernel, partial
-        # sums of the columns would need programs of many rows, and the sums of all its columns kept by each.
-        g_sum = g.sum(0, dtype=mse.dtype)
         finite = (mse.sum() + l1_rows.sum()).isfinite()
     return DecodeLoss(g, g_values, mse, l1_rows, g_sum, finite, x_hat if return_x_hat else None)

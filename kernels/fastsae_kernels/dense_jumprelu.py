@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import backend, cdiv, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels import _cpp
+from fastsae_kernels._launch import cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
 from fastsae_kernels.dense_loss import CHUNK, ROWS
 
@@ -228,6 +229,31 @@ def _dense_jumprelu_torch(
     return fired.int(), above.int(), in_band.int(), g_in_band, g_sum, acts_sum
 
 
+def _dense_jumprelu_cpp(
+    g_acts: Tensor,
+    pre_acts: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    slope: Tensor | None,
+    norms: Tensor | None,
+    tanh_scale: float,
+) -> Sums:
+    """Without a smooth count, whose tanh C++ has no vectors for."""
+    if slope is not None or g_acts.dtype not in _cpp.DTYPES:
+        return _dense_jumprelu_torch(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
+    batch, n = pre_acts.shape
+    sums = [pre_acts.new_empty(n, dtype=torch.float32) for _ in range(3)]
+    counts = [torch.empty_like(sums[0], dtype=torch.int32) for _ in range(3)]
+    halves = (_cpp.is_half(t) for t in (g_acts, pre_acts))
+    level = _cpp.wide(threshold)
+    _cpp.call(
+        "dense_jumprelu_grad", *halves, g_acts, pre_acts, level, bandwidth / 2, batch, n, *counts, *sums
+    )
+    fired, above, in_band = counts
+    g_in_band, g_sum, acts_sum = sums
+    return fired, above, in_band, g_in_band, g_sum, acts_sum
+
+
 @op("dense_jumprelu_grad", mutates_args=("g_acts",))
 def _dense_jumprelu_grad(
     g_acts: Tensor,
@@ -238,8 +264,8 @@ def _dense_jumprelu_grad(
     norms: Tensor | None,
     tanh_scale: float,
 ) -> Sums:
-    form = _dense_jumprelu_triton if backend(pre_acts) == "triton" else _dense_jumprelu_torch
-    return form(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
+    own = form(pre_acts, triton=_dense_jumprelu_triton, cpp=_dense_jumprelu_cpp, torch=_dense_jumprelu_torch)
+    return own(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
 
 
 @_dense_jumprelu_grad.register_fake

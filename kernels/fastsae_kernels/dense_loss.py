@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import FLOATS, backend, cdiv, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels import _cpp
+from fastsae_kernels._launch import FLOATS, cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
 
 CHUNK = 2**18  # elements of a chunk of rows in the torch forms: 1 MB in fp32, a share of a core's cache
+CPP_STRIP = 1024  # columns of a thread in the C++ forms: STRIP in cpp/dense.cpp
 ROWS = 64  # rows of a program of dense_codes_grad; its partial sums then are 1/64 of what it reads and writes
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -235,12 +237,41 @@ def _dense_codes_grad_torch(g_acts: Tensor, acts: Tensor, l1: Tensor | None, nor
     return l1_rows, acts_sum, g_sum, n_fired.int()
 
 
+def _dense_loss_cpp(
+    decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, d), target = decoded.shape, _cpp.taken(target)
+    g = torch.empty_like(decoded, dtype=out_dtype if out_dtype in _cpp.DTYPES else torch.float32)
+    mse = decoded.new_empty(cdiv(d, CPP_STRIP), batch, dtype=torch.float32)
+    g_sum = mse.new_empty(d)
+    halves = (_cpp.is_half(t) for t in (decoded, target, g))
+    _cpp.call("dense_loss", *halves, decoded, _cpp.wide(b_dec), target, batch, d, g, mse, g_sum)
+    return g.to(out_dtype), mse.sum(0), g_sum
+
+
+def _dense_codes_grad_cpp(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
+    if g_acts.dtype not in _cpp.DTYPES:
+        return _dense_codes_grad_torch(g_acts, acts, l1, norms)
+    batch, n = acts.shape
+    weights = None if norms is None else _cpp.wide(norms)
+    shift = None
+    if l1 is not None:
+        shift = (torch.ones(n) if weights is None else weights) * (l1.float() / max(batch, 1))
+    l1_rows = acts.new_empty(cdiv(n, CPP_STRIP), batch, dtype=torch.float32)
+    acts_sum, g_sum = l1_rows.new_empty(n), l1_rows.new_empty(n)
+    n_fired = torch.empty_like(g_sum, dtype=torch.int32)
+    sums = l1_rows, acts_sum, g_sum, n_fired
+    halves = (_cpp.is_half(t) for t in (g_acts, acts))
+    _cpp.call("dense_codes_grad", *halves, g_acts, acts, batch, n, shift, weights, *sums)
+    return l1_rows.sum(0), acts_sum, g_sum, n_fired
+
+
 @op("dense_loss")
 def _dense_loss(
     decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form = _dense_loss_triton if backend(decoded) == "triton" else _dense_loss_torch
-    return form(decoded, b_dec, target, out_dtype)
+    own = form(decoded, triton=_dense_loss_triton, cpp=_dense_loss_cpp, torch=_dense_loss_torch)
+    return own(decoded, b_dec, target, out_dtype)
 
 
 @_dense_loss.register_fake
@@ -253,8 +284,10 @@ def _(
 
 @op("dense_codes_grad", mutates_args=("g_acts",))
 def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
-    form = _dense_codes_grad_triton if backend(acts) == "triton" else _dense_codes_grad_torch
-    return form(g_acts, acts, l1, norms)
+    own = form(
+        acts, triton=_dense_codes_grad_triton, cpp=_dense_codes_grad_cpp, torch=_dense_codes_grad_torch
+    )
+    return own(g_acts, acts, l1, norms)
 
 
 @_dense_codes_grad.register_fake

@@ -13,12 +13,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._launch import (
     FLOATS,
     INTERPRET,
     backend,
     cdiv,
     check,
+    form,
     jit,
     launch,
     shared_bytes,
@@ -200,15 +202,18 @@ def group_max_triton(pre_acts: Tensor) -> Tensor:
     return group_max
 
 
-@op("group_max")
+def group_max_cpp(pre_acts: Tensor, group_max: Tensor | None = None) -> Tensor:
+    batch, d_sae = pre_acts.shape
+    if group_max is None:
+        group_max = pre_acts.new_empty(batch, cdiv(d_sae, GROUP))
+    _cpp.call("group_max", _cpp.is_half(pre_acts), pre_acts, batch, d_sae, group_max)
+    return group_max
+
+
 def group_max_of(pre_acts: Tensor) -> Tensor:
-    """Group maxima for a caller that has none."""
-    return group_max_torch(pre_acts) if backend(pre_acts) == "torch" else group_max_triton(pre_acts)
-
-
-@group_max_of.register_fake
-def _(pre_acts: Tensor) -> Tensor:
-    return pre_acts.new_empty(pre_acts.shape[0], cdiv(pre_acts.shape[1], GROUP))
+    """Group maxima for a selection that was given none."""
+    own = form(pre_acts, triton=group_max_triton, cpp=group_max_cpp, torch=group_max_torch)
+    return own(pre_acts)
 
 
 def _encode_triton(
@@ -278,36 +283,30 @@ def encode_torch(
     W: Tensor,
     b: Tensor,
     relu: bool,
-    out_dtype: torch.dtype,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """pre_acts and group maxima, into `out` where that is given; W and b are `operands`.
+    pre_acts: Tensor,
+    group_max: Tensor | None,
+) -> None:
+    """Fills pre_acts, and group maxima where they are wanted; W and b are `operands`.
 
     Row chunks, so that the maxima are taken from the cache.
     """
-    (batch, _), d_sae = x.shape, W.shape[1]
-    if out is None:
-        out = (
-            x.new_empty(batch, d_sae, dtype=out_dtype),
-            x.new_empty(batch, cdiv(d_sae, GROUP), dtype=out_dtype),
-        )
-    pre_acts, group_max = out
+    (batch, _), d_sae, out_dtype = x.shape, W.shape[1], pre_acts.dtype
+    in_cpp = backend(pre_acts) == "cpp"
     block = None if W.dtype == out_dtype else x.new_empty(min(batch, CHUNK_ROWS), d_sae, dtype=W.dtype)
-    for start in range(0, batch, CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, batch))
+    step = CHUNK_ROWS if block is not None or group_max is not None else max(batch, 1)
+    for start in range(0, batch, step):
+        rows = slice(start, min(start + step, batch))
         target = pre_acts[rows]
         product = target if block is None else block[: len(target)]
         torch.addmm(b, x[rows].to(W.dtype), W, out=product)
         if relu:
             product.relu_()
-        # rounding is monotone: the maximum may be rounded afterwards
-        if product.dtype == out_dtype:
-            group_max_torch(product, group_max[rows])
-        else:
-            group_max[rows] = group_max_ref(product)
         if block is not None:
             target.copy_(product)
-    return pre_acts, group_max
+        if group_max is not None and in_cpp:
+            group_max_cpp(target, group_max[rows])
+        elif group_max is not None:  # rounding is monotone: the maximum may be rounded afterwards
+            group_max_torch(product, group_max[rows])
 
 
 def has_fast_products(x: Tensor) -> bool:
@@ -325,7 +324,11 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     if backend(x) == "triton":
         return _encode_triton(x, W_enc, b_enc, relu, out_dtype, variant)
-    return encode_torch(x, *operands(W_enc, b_enc, out_dtype), relu, out_dtype)
+    batch, d_sae = x.shape[0], W_enc.shape[1]
+    pre_acts = x.new_empty(batch, d_sae, dtype=out_dtype)
+    group_max = x.new_empty(batch, cdiv(d_sae, GROUP), dtype=out_dtype)
+    encode_torch(x, *operands(W_enc, b_enc, out_dtype), relu, pre_acts, group_max)
+    return pre_acts, group_max
 
 
 @_encode.register_fake

@@ -25,7 +25,7 @@ from fastsae_kernels.transpose import transpose
 from fastsae_kernels.update import grad_rows
 
 CHUNK_BYTES = {
-    "cpu": 2**24,
+    "cpu": 2**25,
     "cuda": 2**30,
 }  # of pre_acts: a share of a CPU's last cache, or of a GPU's memory
 LEAST_ROWS = 256  # fewer make the product slow
@@ -47,6 +47,9 @@ def encode_codes_ref(
 
 def _joined(parts: list[Codes], width: int | None) -> Outputs:
     """One batch's codes from those of its chunks; without a width the widest chunk sets it."""
+    if len(parts) == 1:
+        indices, values, counts, starts = parts[0]
+        return indices, values, counts, counts.new_zeros(0) if starts is None else starts
     if width is None:
         width = max(p.indices.shape[1] for p in parts)
         grow = [(0, width - p.indices.shape[1]) for p in parts]
@@ -68,18 +71,23 @@ def _joined(parts: list[Codes], width: int | None) -> Outputs:
     return indices, values, counts, starts
 
 
-def _encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """pre_acts and group maxima, `step` rows at a time; on a CPU all in the same memory, which is not touched for the first time twice."""
+def _encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """pre_acts and group maxima, `step` rows at a time; on a CPU all in the same memory, which is not touched for the first time twice.
+
+    No maxima for C++, whose selections need none.
+    """
     if backend(W_enc) == "triton":
         for rows in x.split(step):
             yield encode(rows, W_enc, b_enc)
         return
     W, b = operands(W_enc, b_enc, W_enc.dtype)
     n, step = W.shape[1], min(step, max(len(x), 1))
-    memory = W_enc.new_empty(step, n), W_enc.new_empty(step, cdiv(n, GROUP))
+    memory = W_enc.new_empty(step, n)
+    maxima = None if backend(W_enc) == "cpp" else W_enc.new_empty(step, cdiv(n, GROUP))
     for rows in x.split(step):
-        out = memory[0][: len(rows)], memory[1][: len(rows)]
-        yield encode_torch(rows.to(W_enc.dtype), W, b, False, W_enc.dtype, out)
+        pre_acts, group_max = memory[: len(rows)], None if maxima is None else maxima[: len(rows)]
+        encode_torch(rows.to(W_enc.dtype), W, b, False, pre_acts, group_max)
+        yield pre_acts, group_max
 
 
 @op("encode_codes")
@@ -94,18 +102,16 @@ def _encode_codes(
     width: int | None,
     n_tail: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    step = chunk_rows(W_enc.shape[1] * W_enc.element_size(), x.device.type)
-    parts = []
-    for pre_acts, group_max in _encoded(x if b_dec is None else x - b_dec, W_enc, b_enc, step):
+    def select(pre_acts: Tensor, group_max: Tensor | None) -> Codes:
         if k is not None:
-            parts.append(select_topk(pre_acts, k, group_max))
-        else:
-            parts.append(
-                select_threshold(
-                    pre_acts, group_max, width=width, n_tail=n_tail, threshold=threshold, bandwidth=bandwidth
-                )
-            )
-    return _joined(parts, width)
+            return select_topk(pre_acts, k, group_max)
+        return select_threshold(
+            pre_acts, group_max, width=width, n_tail=n_tail, threshold=threshold, bandwidth=bandwidth
+        )
+
+    step = chunk_rows(W_enc.shape[1] * W_enc.element_size(), x.device.type)
+    encoded = _encoded(x if b_dec is None else x - b_dec, W_enc, b_enc, step)
+    return _joined([select(pre_acts, group_max) for pre_acts, group_max in encoded], width)
 
 
 @_encode_codes.register_fake

@@ -8,7 +8,7 @@ Bound: memory, n * d * (itemsize of source + itemsize of out) bytes. Source: our
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import FLOATS, backend, cdiv, check, jit, launch, next_power_of_2, tl
+from fastsae_kernels._launch import FLOATS, cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
 
 TILE = (
@@ -99,8 +99,8 @@ def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
 
 @op("move_rows", mutates_args=("out",))
 def _move_rows(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None) -> None:
-    form = _move_rows_triton if backend(source) == "triton" else _move_rows_torch
-    form(source, rows, out, slots)
+    own = form(source, triton=_move_rows_triton, torch=_move_rows_torch)
+    own(source, rows, out, slots)
 
 
 def move_rows(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None = None) -> None:

@@ -30,10 +30,10 @@ from fastsae_kernels._emit import (
     save_codes,
     scatter_grad,
 )
-from fastsae_kernels._launch import INTERPRET, backend, cdiv, jit, launch, n_multiprocessors, tl
+from fastsae_kernels._launch import INTERPRET, cdiv, form, jit, launch, n_multiprocessors, tl
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP
+from fastsae_kernels.encode import GROUP, group_max_of
 
 TOP_SHIFT = 20  # the first level: exponent and 3 bits of the mantissa
 N_BINS = 1 << (31 - TOP_SHIFT)
@@ -246,15 +246,17 @@ def _bounded(pre_acts: Tensor, group_max: Tensor, wanted: int) -> tuple[Tensor, 
 
 @op("select_batchtopk")
 def _select_batchtopk(
-    pre_acts: Tensor, group_max: Tensor, k: int, width: int | None, n_tail: int | None
+    pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form = _select_batchtopk_triton if backend(pre_acts) == "triton" else _select_batchtopk_torch
-    return form(pre_acts, group_max, k, width, n_tail)
+    if group_max is None:
+        group_max = group_max_of(pre_acts)
+    own = form(pre_acts, triton=_select_batchtopk_triton, torch=_select_batchtopk_torch)
+    return own(pre_acts, group_max, k, width, n_tail)
 
 
 @_select_batchtopk.register_fake
 def _(
-    pre_acts: Tensor, group_max: Tensor, k: int, width: int | None, n_tail: int | None
+    pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     codes: Outputs = fake_codes(pre_acts, width, n_tail)
     return (*codes, pre_acts.new_empty((), dtype=torch.promote_types(pre_acts.dtype, torch.float32)))

@@ -6,6 +6,7 @@ Through the group maxima, so that only groups that hold an active latent are rea
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._emit import (
     Outputs,
     above,
@@ -18,10 +19,10 @@ from fastsae_kernels._emit import (
     save_codes,
     scatter_grad,
 )
-from fastsae_kernels._launch import backend, check
+from fastsae_kernels._launch import backend, cdiv, check, form
 from fastsae_kernels._op import differentiable, op
-from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP
+from fastsae_kernels.codes import Codes, tail_starts
+from fastsae_kernels.encode import GROUP, group_max_of
 
 
 def select_threshold_ref(
@@ -78,23 +79,48 @@ def _select_threshold_torch(
     return pack(row, latent, value, len(pre_acts), width, n_tail)
 
 
+def _select_threshold_cpp(
+    pre_acts: Tensor, threshold: Tensor | None, bandwidth: float, width: int | None, n_tail: int | None
+) -> Outputs:
+    (batch, d_sae), half = pre_acts.shape, _cpp.is_half(pre_acts)
+    lower = None if threshold is None else threshold - bandwidth / 2
+    counts = pre_acts.new_empty(batch, dtype=torch.int32)
+    hits = pre_acts.new_empty(batch, cdiv(d_sae, GROUP), dtype=torch.int32)
+    _cpp.call("find_above", half, pre_acts, batch, d_sae, lower, hits, counts)
+    tailed = has_tail(width, n_tail)
+    if width is None:
+        width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
+    pages = tail_starts(counts, width) if tailed else counts.new_zeros(0)
+    if n_tail is None:
+        n_tail = int(pages[-1])
+    indices = counts.new_zeros(batch + n_tail, width)
+    values = pre_acts.new_zeros(batch + n_tail, width)
+    slots = counts, pages if tailed else None, batch, batch + n_tail, width
+    _cpp.call("emit", half, pre_acts, d_sae, threshold, hits, *slots, indices, values)
+    return indices, values, counts, pages
+
+
 @op("select_threshold")
 def _select_threshold(
     pre_acts: Tensor,
-    group_max: Tensor,
+    group_max: Tensor | None,
     threshold: Tensor | None,
     bandwidth: float,
     width: int | None,
     n_tail: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form = _select_threshold_triton if backend(pre_acts) == "triton" else _select_threshold_torch
-    return form(pre_acts, group_max, threshold, bandwidth, width, n_tail)
+    if backend(pre_acts) == "cpp":  # needs no maxima: it looks into every group
+        return _select_threshold_cpp(pre_acts, threshold, bandwidth, width, n_tail)
+    if group_max is None:
+        group_max = group_max_of(pre_acts)
+    own = form(pre_acts, triton=_select_threshold_triton, torch=_select_threshold_torch)
+    return own(pre_acts, group_max, threshold, bandwidth, width, n_tail)
 
 
 @_select_threshold.register_fake
 def _(
     pre_acts: Tensor,
-    group_max: Tensor,
+    group_max: Tensor | None,
     threshold: Tensor | None,
     bandwidth: float,
     width: int | None,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._emit import (
     INFINITY_KEY,
     NAN_KEY,
@@ -30,10 +31,10 @@ from fastsae_kernels._emit import (
     scatter_grad,
     signed_key,
 )
-from fastsae_kernels._launch import INTERPRET, backend, jit, launch, tl
+from fastsae_kernels._launch import INTERPRET, backend, form, jit, launch, tl
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP
+from fastsae_kernels.encode import GROUP, group_max_of
 
 LOWEST = -(2**31)
 # Bits of a float key that are clear in every value of the dtype: they need no bisection. Negative keys have them set.
@@ -175,6 +176,16 @@ def _select_topk_triton(pre_acts: Tensor, group_max: Tensor, k: int, positive: b
     return emit_triton(pre_acts, group_max, k, 0, rule=rule, kappa=kappa, quota=quota)
 
 
+def _select_topk_cpp(pre_acts: Tensor, k: int, positive: bool) -> Outputs:
+    """Row by row while it is in the cache, by the same bound."""
+    batch, d_sae = pre_acts.shape
+    indices = pre_acts.new_empty(batch, k, dtype=torch.int32)
+    values, counts = pre_acts.new_empty(batch, k), indices.new_empty(batch)
+    half = _cpp.is_half(pre_acts)
+    _cpp.call("select_topk", half, pre_acts, batch, d_sae, k, positive, indices, values, counts)
+    return indices, values, counts, counts.new_zeros(0)
+
+
 def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
     """The k-th group maximum filters; the few values that pass are cut exactly, as integer keys."""
     batch = len(pre_acts)
@@ -266,14 +277,18 @@ def _less_excess(passed: Tensor, tied: Tensor, row: Tensor, wanted: Tensor) -> T
 
 @op("select_topk")
 def _select_topk(
-    pre_acts: Tensor, group_max: Tensor, k: int, positive: bool
+    pre_acts: Tensor, group_max: Tensor | None, k: int, positive: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form = _select_topk_triton if backend(pre_acts) == "triton" else _select_topk_torch
-    return form(pre_acts, group_max, k, positive)
+    if backend(pre_acts) == "cpp":  # needs no maxima: it takes them from the row that it cuts
+        return _select_topk_cpp(pre_acts, k, positive)
+    if group_max is None:
+        group_max = group_max_of(pre_acts)
+    own = form(pre_acts, triton=_select_topk_triton, torch=_select_topk_torch)
+    return own(pre_acts, group_max, k, positive)
 
 
 @_select_topk.register_fake
-def _(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
+def _(pre_acts: Tensor, group_max: Tensor | None, k: int, positive: bool) -> Outputs:
     return fake_codes(pre_acts, k, 0)
 
 

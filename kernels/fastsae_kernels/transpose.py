@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import backend, cdiv, jit, launch, next_power_of_2, tl
+from fastsae_kernels import _cpp
+from fastsae_kernels._launch import cdiv, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
 from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, slots_of
 
@@ -181,6 +182,18 @@ def _transpose_torch(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return starts, torch.nn.functional.pad(owners, (0, unused)), torch.nn.functional.pad(slots, (0, unused))
 
 
+def _transpose_cpp(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    indices, counts = codes.indices, codes.counts
+    (n_rows, width), batch = indices.shape, len(counts)
+    starts = counts.new_zeros(d_sae + 1)
+    owners, slots = (counts.new_zeros(indices.numel()) for _ in range(2))
+    sizes = batch, n_rows, width, d_sae
+    largest = _cpp.call("transpose", indices, counts, codes.tail_starts, *sizes, starts, owners, slots)
+    if largest >= 0:
+        raise ValueError(f"codes.indices goes up to {largest}, but d_sae is {d_sae}")
+    return starts, owners, slots
+
+
 def _check_slots(n_slots: int | torch.SymInt) -> None:
     """Not of a symbol, which torch.compile could only guard on; the op itself has the number."""
     if isinstance(n_slots, int) and n_slots >= 2**31:
@@ -193,8 +206,8 @@ def _transpose(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_slots(indices.numel())
     codes = Codes(indices, indices, counts, tail_starts)  # the values play no part
-    form = _transpose_triton if backend(indices) == "triton" else _transpose_torch
-    starts, owners, slots = form(codes, d_sae)
+    own = form(indices, triton=_transpose_triton, cpp=_transpose_cpp, torch=_transpose_torch)
+    starts, owners, slots = own(codes, d_sae)
     extra = (starts.diff() - 1).clamp(min=0).div(chunk, rounding_mode="floor")
     chunk_starts = torch.nn.functional.pad(extra.cumsum(0, dtype=torch.int32), (1, 0))
     # at most one extra chunk in each `chunk` entries, so that their number needs no look at the device

@@ -2,15 +2,16 @@
 
 g_W[j] = sum over entries e of latent j of coefficients[slots_e] * source[owners_e]. W_dec: coefficients = values, source = the
 gradient at x_hat; W_enc: coefficients = the gradient at the values, source = the input. The kernels are those of _rows, the
-torch forms those of _rows_torch.
+C++ and torch forms those of _rows_cpp and _rows_torch.
 """
 
 import torch
 from torch import Tensor
 
-from fastsae_kernels._launch import backend, check
+from fastsae_kernels._launch import backend, check, form
 from fastsae_kernels._op import op
 from fastsae_kernels._rows import MAX_D, norms_triton, rows_triton
+from fastsae_kernels._rows_cpp import norms_cpp, rows_cpp, update_cpp
 from fastsae_kernels._rows_torch import norms_torch, rows_torch, update_torch
 from fastsae_kernels.transpose import Transposed
 
@@ -80,6 +81,13 @@ def update_rows_ref(
     return W / W.norm(dim=1, keepdim=True) if renormalise else W, m, v
 
 
+def _grad_rows_triton(t: Transposed, coefficients: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    g_W = source.new_empty(len(t.starts) - 1, source.shape[1], dtype=torch.float32)
+    g_b = g_W.new_empty(len(g_W))
+    rows_triton(t, coefficients, source, g_W=g_W, g_b=g_b)
+    return g_W, g_b
+
+
 @op("grad_rows")
 def _grad_rows(
     starts: Tensor,
@@ -93,13 +101,8 @@ def _grad_rows(
     source: Tensor,
 ) -> tuple[Tensor, Tensor]:
     t = Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, batch)
-    if backend(source) == "torch":
-        return rows_torch(t, coefficients, source)
-    n, d = len(starts) - 1, source.shape[1]
-    g_W = source.new_empty(n, d, dtype=torch.float32)
-    g_b = source.new_empty(n, dtype=torch.float32)
-    rows_triton(t, coefficients, source, g_W=g_W, g_b=g_b)
-    return g_W, g_b
+    own = form(source, triton=_grad_rows_triton, cpp=rows_cpp, torch=rows_torch)
+    return own(t, coefficients, source)
 
 
 @_grad_rows.register_fake
@@ -135,8 +138,9 @@ def _grad_norms(
     l1_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     t = Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, batch)
-    form = norms_triton if backend(source if W is None else W) == "triton" else norms_torch
-    return form(t, coefficients, source, W=W, scalars=scalars, project=project, l1_rows=l1_rows)
+    like = source if W is None or source.dtype == torch.float64 else W
+    own = form(like, triton=norms_triton, cpp=norms_cpp, torch=norms_torch)
+    return own(t, coefficients, source, W=W, scalars=scalars, project=project, l1_rows=l1_rows)
 
 
 @_grad_norms.register_fake
@@ -187,8 +191,8 @@ def _update_rows(
     bias_v: Tensor | None,
     behind: Tensor | None,
 ) -> None:
-    form = rows_triton if backend(W) == "triton" else update_torch
-    form(
+    own = form(W, triton=rows_triton, cpp=update_cpp, torch=update_torch)
+    own(
         Transposed(starts, owners, slots, chunk_starts, chunk_latents, chunk, batch),
         coefficients,
         source,

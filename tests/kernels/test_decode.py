@@ -6,7 +6,7 @@ from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, missing, tail_starts
 from fastsae_kernels.decode import decode, decode_ref
 from fastsae_kernels.testing import assert_as_accurate
-from tests.kernels.forms import FORMS
+from tests.kernels.forms import BACKENDS, FORMS
 
 # counts (their number is the batch), d_sae, d_out, width, n_tail
 SIZES = [
@@ -70,7 +70,7 @@ def test_decode_and_its_gradients(counts, d_sae, d, width, n_tail, name, dtype, 
         assert_as_accurate(of(decode), of(decode_ref), [*codes, W_dec, *([b_dec] if bias else [])])
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_free_slots_have_no_gradient_and_add_nothing(name, device):
     codes = make_codes([2, 0, 5], 9, 5, None, device=device)
     W_dec, b_dec = make_weights(9, 6, torch.float32, device)
@@ -87,7 +87,7 @@ def test_free_slots_have_no_gradient_and_add_nothing(name, device):
     assert not values.grad[free].any()
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_stays_in_its_row(name, bad, device):
     codes = make_codes([3, 3], 9, 3, None, device=device)
@@ -97,7 +97,7 @@ def test_a_value_that_is_not_finite_stays_in_its_row(name, bad, device):
     assert x_hat[0].isfinite().all() and not x_hat[1].isfinite().any()
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_values_may_be_fp32_beside_half_precision_weights(name, device):
     codes = make_codes([4, 2, 9], 20, 4, 2, device=device)
     W_dec, b_dec = make_weights(20, 24, torch.float16, device)

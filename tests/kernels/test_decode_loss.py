@@ -6,7 +6,7 @@ from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, entries, to_dense
 from fastsae_kernels.decode_loss import DecodeLoss, decode_loss, decode_loss_ref
 from fastsae_kernels.testing import Tensors, assert_close
-from tests.kernels.forms import FORMS
+from tests.kernels.forms import BACKENDS, FORMS
 from tests.kernels.test_decode import SIZES, make_codes, make_weights
 
 WIDE = [([130, 0, 129], 131, 65, 130, None), ([128, 1], 128, 129, 128, None)]  # beside the widest single tile
@@ -59,7 +59,7 @@ def test_decode_loss(counts, d_sae, d, width, n_tail, name, dtype, l1, device):
     assert bool(out.finite)
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("n_tail", [None, 3])
 def test_l1_moves_positive_values_only(name, n_tail, device):
     """Norms and coefficient apart; every seventh value is 0 and has the product alone."""
@@ -84,7 +84,7 @@ def test_out_dtype_rounds_g_and_nothing_else(name, out_dtype, device):
     torch.testing.assert_close(out.g_sum, out.g.float().sum(0))
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("n_tail", [None, 3])
 @pytest.mark.parametrize("where", ["values", "target", "W_dec"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -103,7 +103,7 @@ def test_the_flag_is_down_where_a_loss_is_not_finite(name, n_tail, where, bad, d
     assert not out.finite and not out.mse[0].isfinite()
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_free_slots(name, device):
     """A NaN in row 0 of W_dec, which free slots name, reaches nothing; their g_values are 0."""
     codes, W_dec, b_dec, target = make_inputs([2, 0, 5], 9, 6, 5, None, torch.float32, device)
@@ -116,7 +116,7 @@ def test_free_slots(name, device):
     assert not out.g_values[free].any()
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("n_tail", [None, 3])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_norm_that_is_not_finite_counts_where_it_is_used(name, n_tail, bad, device):

@@ -6,7 +6,7 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.dense_jumprelu import dense_jumprelu_grad, dense_jumprelu_grad_ref
 from fastsae_kernels.testing import assert_as_accurate
-from tests.kernels.forms import FORMS
+from tests.kernels.forms import BACKENDS, FORMS
 
 SIZES = [(1, 1), (7, 13), (8, 64), (9, 65), (3, 513), (65, 33), (130, 7), (0, 5)]
 
@@ -50,7 +50,7 @@ def test_dense_jumprelu_grad(batch, n, name, dtype, options, device):
         assert 0 < found.n_in_band.sum() < found.n_above.sum() and found.n_fired.sum() < found.n_above.sum()
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_nan_stays_visible(name, device):
     g, pre, threshold, *_ = inputs(6, 9, torch.float32, device)
     pre[5, 4] = torch.nan

@@ -6,7 +6,7 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.dense_loss import dense_codes_grad, dense_codes_grad_ref, dense_loss, dense_loss_ref
 from fastsae_kernels.testing import assert_as_accurate
-from tests.kernels.forms import FORMS
+from tests.kernels.forms import BACKENDS, FORMS
 
 SIZES = [(1, 1), (7, 13), (8, 64), (9, 65), (3, 513), (65, 33), (130, 7), (0, 5)]
 
@@ -29,7 +29,7 @@ def test_dense_loss(batch, d, name, dtype, device):
     assert g.dtype == dtype and mse.dtype == g_sum.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_dense_loss_bad_rows_and_out_dtype(name, bad, device):
     decoded, b_dec, target = (
@@ -81,7 +81,7 @@ def test_long_rows_are_summed_as_exactly():
     )
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_nan_acts_stay_visible(name, device):
     acts = randn(5, 9, device=device).relu()
     acts[3, 4] = torch.nan
@@ -95,7 +95,7 @@ def test_nan_acts_stay_visible(name, device):
     assert torch.equal(n_fired, (acts != 0).sum(0, dtype=torch.int32)) and g_pre[3, 4] != 0
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_acts_too_small_for_the_gradients_dtype_are_active(name, device):
     acts = torch.tensor([[1e-12, 0.0, 1.0]], device=device)
     with use_backend(name):
@@ -105,7 +105,7 @@ def test_acts_too_small_for_the_gradients_dtype_are_active(name, device):
     )
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_inputs_are_left_alone_but_for_the_gradient(name, device):
     g_acts, acts = randn(5, 9, device=device), randn(5, 9, seed=1, device=device).relu()
     before = g_acts.clone(), acts.clone()

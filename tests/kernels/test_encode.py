@@ -8,10 +8,11 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.encode import encode, encode_ref, group_max_of, group_max_ref
 from fastsae_kernels.testing import assert_as_accurate, assert_close, error
-from tests.kernels.forms import TRITON_DTYPES
+from tests.kernels.forms import BACKENDS, CPP, TRITON_DTYPES
 
 SIZES = [(1, 1, 1), (3, 7, 33), (33, 65, 97), (32, 64, 128), (5, 96, 31), (70, 13, 257)]
 FORMS = [("torch", dtype, "auto") for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+FORMS += [(*own, "auto") for own in CPP]
 FORMS += [("triton", dtype, variant) for dtype in TRITON_DTYPES for variant in ("fused", "library")]
 
 
@@ -52,7 +53,7 @@ def test_chunks_of_rows(dtype, device, monkeypatch):
         assert torch.equal(group_max_of(pre_acts), group_max)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [(i,) for i in range(4)] + [(0, 3), (1, 2)], ids=str)
 def test_only_the_gradients_that_are_asked_for(wanted, backend, device):
     inputs = make(5, 7, 33, torch.float32, device)
@@ -64,7 +65,7 @@ def test_only_the_gradients_that_are_asked_for(wanted, backend, device):
     assert all(torch.equal(g, truth[i]) for g, i in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fp32_out_of_half_operands_is_more_accurate(backend, device):
     x, W_enc, b_enc, _ = make(33, 65, 97, torch.float16, device)
     truth = encode_ref(x.double(), W_enc.double(), b_enc.double())[0]
@@ -73,14 +74,14 @@ def test_fp32_out_of_half_operands_is_more_accurate(backend, device):
     assert wide.dtype == torch.float32 and error(wide, truth) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, device):
     with use_backend(backend):
         pre_acts, group_max = encode(*make(0, 5, 65, torch.float32, device))
     assert pre_acts.shape == (0, 65) and group_max.shape == (0, 3)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_reach_values_and_maxima(backend, bad, device):
     x, W_enc, b_enc, b_dec = make(5, 7, 70, torch.float32, device)

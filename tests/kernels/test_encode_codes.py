@@ -11,7 +11,7 @@ from fastsae_kernels.decode import decode
 from fastsae_kernels.encode import encode
 from fastsae_kernels.encode_codes import encode_codes, encode_codes_ref
 from fastsae_kernels.testing import assert_as_accurate, error, run
-from tests.kernels.forms import FORMS
+from tests.kernels.forms import BACKENDS, FORMS
 
 MODULE = importlib.import_module("fastsae_kernels.encode_codes")
 SIZES = [(1, 1, 1), (7, 5, 33), (10, 9, 97)]
@@ -54,7 +54,7 @@ def test_values_and_gradients(batch, d_in, d_sae, backend, dtype, kind, device, 
         )
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["relu", "jumprelu"])
 def test_without_a_tail_what_exceeds_the_width_is_left_out_and_counted(kind, backend, device, monkeypatch):
     monkeypatch.setattr(MODULE, "LEAST_ROWS", 8)
@@ -68,7 +68,7 @@ def test_without_a_tail_what_exceeds_the_width_is_left_out_and_counted(kind, bac
     assert missing(cut) == (cut.counts - 3).clamp(min=0).sum()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [3, None])
 def test_the_band_gets_slots_of_value_0_and_no_gradient(width, backend, device):
     x, W_enc, b_enc, b_dec = make(17, 9, 97, torch.float32, device)
@@ -85,7 +85,7 @@ def test_the_band_gets_slots_of_value_0_and_no_gradient(width, backend, device):
     torch.testing.assert_close(leaf.grad, active.sum(0).float())
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [(i,) for i in range(4)] + [(0, 3), (1, 2)], ids=str)
 def test_only_the_gradients_that_are_asked_for(wanted, backend, device):
     leaves = [
@@ -99,7 +99,7 @@ def test_only_the_gradients_that_are_asked_for(wanted, backend, device):
     assert all(torch.equal(g, truth[i]) for g, i in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_value_of_0_passes_no_gradient_and_a_negative_one_does(backend, device):
     """As select_threshold's: thresholds below 0 make latents active at 0 and below."""
     x, W_enc = torch.eye(3, device=device), torch.zeros(40, 3, device=device).T
@@ -139,7 +139,7 @@ def test_fp64_is_fp64(device):
     assert all(error(got[name], t) < 1e-14 for name, t in truth.items()) and got.keys() == truth.keys()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_whole_sae_by_autograd(backend, device):
     """decode(encode_codes(x)) against the dense form, through both ops and their backward passes."""
     x, W_enc, b_enc, b_dec = make(9, 7, 40, torch.float32, device)

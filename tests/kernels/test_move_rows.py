@@ -4,7 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.move_rows import CACHED, _move_rows_torch, move_rows, move_rows_ref
-from tests.kernels.forms import FORMS
+from tests.kernels.forms import BACKENDS, FORMS
 
 # rows of source, rows of out, rows moved, d
 SIZES = [(1, 1, 1, 1), (9, 9, 4, 7), (40, 90, 33, 129), (300, 500, 300, 257), (5, 5, 0, 8), (5, 0, 0, 3)]
@@ -34,7 +34,7 @@ def test_rows_come_to_their_slots(m, p, n, d, name, dtype, to, kind, device):
         assert torch.equal(got.cpu(), expected)
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("runs", [[(0, 200), (310, 150), (300, 10)], [(7, 360)]])
 def test_runs_of_slots_and_columns_of_integers(runs, name, device):
     slots = torch.cat([torch.arange(first, first + n) for first, n in runs]).to(device)

@@ -9,6 +9,7 @@ import torch
 
 import fastsae_kernels as ops
 from fastsae_kernels.testing import assert_close
+from tests.kernels.forms import BACKENDS
 
 BATCH, D_IN, D_SAE = 6, 13, 70
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -21,7 +22,7 @@ SELECTIONS = {
     "batchtopk": lambda pre, top: ops.select_batchtopk(pre, 5, top, width=4, n_tail=None)[0],
 }
 each_selection = pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS)
-each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def parameters(device):

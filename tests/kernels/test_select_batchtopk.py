@@ -8,7 +8,7 @@ from fastsae_kernels.codes import missing, to_dense
 from fastsae_kernels.encode import group_max_ref
 from fastsae_kernels.select_batchtopk import select_batchtopk, select_batchtopk_ref
 from fastsae_kernels.testing import assert_as_accurate
-from tests.kernels.test_select_threshold import BACKENDS, assert_holds, each_backend, make
+from tests.kernels.test_select_threshold import SELECT_FORMS, assert_holds, each_backend, make
 
 SIZES = [(1, 1, 1), (3, 31, 5), (2, 33, 33), (5, 97, 2), (4, 1100, 3)]
 
@@ -18,7 +18,7 @@ def smallest(acts: torch.Tensor) -> float:
     return float(taken.sort().values[0]) if len(taken) else 0.0
 
 
-@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
+@pytest.mark.parametrize("backend, dtype", SELECT_FORMS, ids=str)
 @pytest.mark.parametrize("batch, d_sae, k", SIZES)
 @pytest.mark.parametrize("grid", [None, 2.0], ids=["distinct", "ties"])
 def test_batchtopk(batch, d_sae, k, grid, backend, dtype, device):

@@ -6,9 +6,9 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.encode import group_max_ref
 from fastsae_kernels.select_topk import select_topk, select_topk_ref
-from tests.kernels.forms import ALL_FORMS
+from tests.kernels.forms import ALL_FORMS, BACKENDS
 
-BACKENDS = [("torch", torch.float64), *ALL_FORMS]
+SELECT_FORMS = [("torch", torch.float64), *ALL_FORMS]
 SIZES = [(1, 1, 1), (3, 5, 2), (2, 33, 33), (2, 129, 7), (1, 600, 20), (1, 1100, 3)]
 
 
@@ -33,7 +33,7 @@ def normal(batch, d_sae, dtype, device, seed=0):
 
 @pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize("batch, d_sae, k", SIZES)
-@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
+@pytest.mark.parametrize("backend, dtype", SELECT_FORMS, ids=str)
 def test_select_topk(backend, dtype, batch, d_sae, k, positive, device):
     pre_acts = normal(batch, d_sae, dtype, device)
     with use_backend(backend):
@@ -41,7 +41,7 @@ def test_select_topk(backend, dtype, batch, d_sae, k, positive, device):
         assert_exact(pre_acts, k, positive, group_max_ref(pre_acts))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize("d_sae, k, top", [(1, 1, 1), (97, 40, 1), (128, 7, 4), (130, 130, 2), (167, 3, 1)])
 def test_ties(backend, positive, d_sae, k, top, device):
@@ -51,7 +51,7 @@ def test_ties(backend, positive, d_sae, k, top, device):
         assert_exact(pre_acts, k, positive)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_more_groups_tie_than_any_tile_holds_with_larger_winners_after_them(backend, device):
     pre_acts = torch.zeros(2, 32 * 200, device=device)
     pre_acts[:, ::32] = 1.0
@@ -61,7 +61,7 @@ def test_more_groups_tie_than_any_tile_holds_with_larger_winners_after_them(back
         assert_exact(pre_acts, 13)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("positive", [True, False])
 def test_degenerate_rows(backend, positive, device):
     pre_acts = torch.stack(
@@ -121,14 +121,14 @@ def test_maxima_of_pairs_of_groups_bound_as_well(positive, device):
                 assert_exact(pre_acts, k, positive)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, device):
     with use_backend(backend):
         codes = select_topk(torch.zeros(0, 65, device=device), 4)
     assert codes.indices.shape == (0, 4) and codes.counts.shape == (0,)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_reaches_the_selected_latents_alone(backend, device):
     pre_acts = normal(3, 129, torch.float32, device)
     pre_acts[1] = pre_acts[1].clamp(max=0)  # a row with nothing to select

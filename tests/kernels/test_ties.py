@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsae_kernels._launch import use_backend
+from tests.kernels.forms import BACKENDS
 from tests.kernels.test_select_topk import assert_exact
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
@@ -21,6 +22,6 @@ def test_ties(positive, device, data):
     top = data.draw(st.integers(1, 4))
     gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     pre_acts = torch.randint(-top, top + 1, (1, d_sae), generator=gen).float().to(device)
-    for backend in ("torch", "triton"):
+    for backend in BACKENDS:
         with use_backend(backend):
             assert_exact(pre_acts, k, positive)

@@ -4,8 +4,8 @@ import torch
 from fastsae_kernels._launch import use_backend
 from fastsae_kernels.codes import Codes, tail_starts
 from fastsae_kernels.transpose import Transposed, transpose, transpose_ref
+from tests.kernels.forms import BACKENDS
 
-BACKENDS = ["torch", "triton"]
 # counts (their number is the batch), d_sae, width, n_tail, chunk
 SIZES = [
     ([1], 1, 1, None, 64),

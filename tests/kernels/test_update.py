@@ -14,7 +14,7 @@ from fastsae_kernels.update import (
     update_rows,
     update_rows_ref,
 )
-from tests.kernels.forms import ALL_FORMS, FORMS, TRITON_HALVES
+from tests.kernels.forms import ALL_FORMS, BACKENDS, CPP, FORMS, TRITON_HALVES
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 # the halves differ in a load alone
@@ -23,6 +23,7 @@ ADAM_FORMS = [("torch", torch.float64), *(form for form in FORMS if form != ("tr
 GRAD_FORMS = [
     *((name, dtype, dtype) for name, dtype in ADAM_FORMS),
     ("torch", torch.bfloat16, torch.float32),
+    *((name, torch.bfloat16, torch.float32) for name, _ in CPP[:1]),
     *(("triton", half, torch.float32) for half in TRITON_HALVES),
     ("triton", torch.float16, torch.float16),
 ]
@@ -121,7 +122,7 @@ def test_grad_norms(name, dtype, coefficients, batch, d_sae, d, width, chunk, ho
     assert squares.dtype == own
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_tails_are_summed_too(name, device):
     counts = torch.tensor([2, 7, 0, 5], dtype=torch.int32)
     indices = torch.zeros(4 + 3, 3, dtype=torch.int32)
@@ -143,7 +144,7 @@ def test_tails_are_summed_too(name, device):
     assert torch.equal(g_b.cpu(), acts.sum(0))
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_nan_and_inf_stay_in_their_rows(name, device):
     codes = to(
         Codes(
@@ -307,7 +308,7 @@ def test_idle_rows_left_behind_are_adam_too(name, dtype, flags, device):
     assert_close({k: got[k].cpu() for k in truth}, rival, truth)
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_rows_without_entries_move_by_momentum(name, device):
     got = state(3, 5, device)
     got["m"][1], got["v"][1], before = 0.5, 0.25, got["W"].clone()
@@ -337,7 +338,7 @@ def test_rows_without_entries_move_by_momentum(name, device):
     assert torch.equal(got["W"][2], before[2])  # neither gradient nor momentum
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_skip_leaves_every_bit(name, device):
     got = state(7, 9, device)
     got["m"].uniform_(), got["v"].uniform_(), got["bias_m"].uniform_(), got["bias_v"].uniform_()
@@ -409,7 +410,7 @@ def test_bf16_momentum(name, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # lanes beyond d
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("d", [5, 8])
 def test_momentum_zero_and_eps_zero(name, d, device):
     """betas (0, 0) and eps 0: every touched element moves by lr against its gradient's sign; lanes beyond d stay out of norms."""
@@ -439,7 +440,7 @@ def test_momentum_zero_and_eps_zero(name, d, device):
     torch.testing.assert_close(got["W"], stepped / stepped.norm(dim=-1, keepdim=True), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_beta_zero_forgets_the_moments(name, device):
     """Whatever they were: what is left of 1e30 would hide the gradient."""
     got, codes = state(7, 19, device), to(make_codes(40, 7, 5), device)
@@ -454,7 +455,7 @@ def test_beta_zero_forgets_the_moments(name, device):
     assert torch.equal(got["m"], g_W) and torch.equal(got["bias_m"], g_b)
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("flags", VARIANTS[1:], ids=["unit", "free"])
 def test_a_row_of_zeros_is_not_divided_by_its_norm(name, flags, device):
     got, codes = state(7, 19, device), to(make_codes(40, 7, 5), device)
@@ -474,7 +475,7 @@ def test_a_row_of_zeros_is_not_divided_by_its_norm(name, flags, device):
     assert got["W"].isfinite().all() and got["W"][0].any() and not got["W"][idle].any()
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_updates_repeat_to_the_bit(name, device):
     codes, source = to(make_codes(40, 7, 5), device), torch.randn(40, 19, device=device)
     runs = [state(7, 19, device) for _ in range(2)]
@@ -494,7 +495,7 @@ def test_updates_repeat_to_the_bit(name, device):
     assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_update_is_made_of_grad_rows(name, device, monkeypatch):
     """betas (0, 1): m is the gradient itself; over several blocks of rows in the torch form."""
     monkeypatch.setattr(_rows_torch, "BLOCK", 2 * 19)
@@ -557,7 +558,7 @@ def test_gradients_carry_no_graph(device):
     assert not g_W.requires_grad and not g_b.requires_grad
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_opcheck(name, device):
     codes = to(make_codes(5, 7, 3), device)
     source, got = torch.randn(5, 9, device=device), state(7, 9, device)

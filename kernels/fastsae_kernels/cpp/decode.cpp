@@ -1,0 +1,154 @@
+// What gathers rows of W_dec, and the codes by latent.
+
+#include "common.h"
+
+namespace {
+
+struct Codes {
+  const int32_t* indices;
+  const float* values;
+  Slots slots;
+
+  float value(int64_t b, int64_t e) const { return values[slots.at(b, e)]; }
+  int64_t latent(int64_t b, int64_t e) const { return indices[slots.at(b, e)]; }
+};
+
+template <class T>
+void decode(Codes codes, const T* W_dec, const float* b_dec, int64_t d, T* x_hat) {
+#pragma omp parallel
+  {
+    std::vector<float> sums(d);
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t b = 0; b < codes.slots.batch; ++b) {
+      b_dec ? std::copy(b_dec, b_dec + d, sums.begin()) : std::fill_n(sums.begin(), d, 0.0f);
+      const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
+      add_rows(sums.data(), d, codes.slots.stored(b), row, [&](int64_t e) { return codes.value(b, e); });
+      for (int64_t i = 0; i < d; ++i) x_hat[b * d + i] = rounded<T>(sums[i]);
+    }
+  }
+}
+
+template <class T>
+void gathered_dots(Codes codes, const T* W_dec, const float* g, int64_t d, float* out) {
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t b = 0; b < codes.slots.batch; ++b) {
+    const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
+    each_dot(g + b * d, d, codes.slots.stored(b), row, [&](int64_t e, float sum) { out[codes.slots.at(b, e)] = sum; });
+  }
+}
+
+// Rows whose g is added up in one row of `g_sums`.
+constexpr int64_t BLOCK = 64;
+
+// x_hat, error, g and g_values of one input while its rows of W_dec are in the cache.
+template <class T, class Out>
+void decode_loss(Codes codes, const T* W_dec, const float* b_dec, const float* target, const float* l1,
+                 const float* norms, int64_t d, Out* g, float* g_values, float* mse, float* l1_rows, float* g_sums,
+                 Out* x_hat) {
+  const int64_t batch = codes.slots.batch;
+  const float scale = 2.0f / batch, l1_scale = l1 ? *l1 / batch : 0;
+#pragma omp parallel
+  {
+    std::vector<float> sums(d);
+    float* wide_g = sums.data();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < (batch + BLOCK - 1) / BLOCK; ++block) {
+      float* g_sum = g_sums + block * d;
+      std::fill_n(g_sum, d, 0.0f);
+      for (int64_t b = block * BLOCK; b < std::min(batch, (block + 1) * BLOCK); ++b) {
+        const int64_t n = codes.slots.stored(b), at = b * d;
+        const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
+        std::copy(b_dec, b_dec + d, wide_g);
+        add_rows(wide_g, d, n, row, [&](int64_t e) { return codes.value(b, e); });
+        if (x_hat)
+          for (int64_t i = 0; i < d; ++i) x_hat[at + i] = rounded<Out>(wide_g[i]);
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < d; ++i) {
+          const float error = wide_g[i] - target[at + i];
+          squares += error * error;
+          wide_g[i] = error * scale;
+        }
+        mse[b] = squares;
+#pragma omp simd
+        for (int64_t i = 0; i < d; ++i) {
+          g[at + i] = rounded<Out>(wide_g[i]);
+          g_sum[i] += wide(g[at + i]);
+        }
+        l1_rows[b] = 0;
+        each_dot(wide_g, d, n, row, [&](int64_t e, float sum) {
+          const float value = codes.value(b, e), norm = norms ? norms[codes.latent(b, e)] : 1;
+          if (!(value < 0)) l1_rows[b] += value * norm;
+          g_values[codes.slots.at(b, e)] = l1 && value > 0 ? sum + l1_scale * norm : sum;
+        });
+      }
+    }
+  }
+}
+
+// A counting sort in one thread. -1, or the largest index where one does not lie in [0, n).
+int64_t transpose(const int32_t* indices, Slots slots, int64_t n, int32_t* starts, int32_t* owners, int32_t* places) {
+  int64_t largest = -1;
+  for (int64_t b = 0; b < slots.batch; ++b)
+    for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) {
+      const uint32_t latent = indices[slots.at(b, e)];
+      if (latent >= n)
+        largest = std::max<int64_t>(largest, latent);
+      else
+        ++starts[latent + 1];
+    }
+  if (largest >= 0) return largest;
+  for (int64_t j = 0; j < n; ++j) starts[j + 1] += starts[j];
+  std::vector<int32_t> next(starts, starts + n);
+  for (int64_t b = 0; b < slots.batch; ++b)
+    for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) {
+      const int64_t slot = slots.at(b, e);
+      const int32_t place = next[indices[slot]]++;
+      owners[place] = int32_t(b);
+      places[place] = int32_t(slot);
+    }
+  return -1;
+}
+
+}  // namespace
+
+extern "C" {
+
+void fastsae_decode(int64_t half, const int32_t* indices, const float* values, const int32_t* counts,
+                    const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width, const void* W_dec,
+                    const float* b_dec, int64_t d, void* x_hat) {
+  const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
+  with_dtype(half, [&](auto t) {
+    using T = decltype(t);
+    decode(codes, (const T*)W_dec, b_dec, d, (T*)x_hat);
+  });
+}
+
+void fastsae_gathered_dots(int64_t half, const int32_t* indices, const int32_t* counts, const int32_t* tail_starts,
+                           int64_t batch, int64_t n_rows, int64_t width, const void* W_dec, const float* g, int64_t d,
+                           float* out) {
+  const Codes codes{indices, nullptr, {counts, tail_starts, batch, n_rows, width}};
+  with_dtype(half, [&](auto t) { gathered_dots(codes, (const decltype(t)*)W_dec, g, d, out); });
+}
+
+void fastsae_decode_loss(int64_t half, int64_t half_out, const int32_t* indices, const float* values,
+                         const int32_t* counts, const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width,
+                         const void* W_dec, const float* b_dec, const float* target, const float* l1,
+                         const float* norms, int64_t d, void* g, float* g_values, float* mse, float* l1_rows,
+                         float* g_sums, void* x_hat) {
+  const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
+  with_dtype(half, [&](auto t) {
+    with_dtype(half_out, [&](auto o) {
+      using Out = decltype(o);
+      decode_loss(codes, (const decltype(t)*)W_dec, b_dec, target, l1, norms, d, (Out*)g, g_values, mse, l1_rows,
+                  g_sums, (Out*)x_hat);
+    });
+  });
+}
+
+int64_t fastsae_transpose(const int32_t* indices, const int32_t* counts, const int32_t* tail_starts, int64_t batch,
+                          int64_t n_rows, int64_t width, int64_t n, int32_t* starts, int32_t* owners,
+                          int32_t* places) {
+  return transpose(indices, {counts, tail_starts, batch, n_rows, width}, n, starts, owners, places);
+}
+}

@@ -184,7 +184,7 @@ def test_a_run_that_another_process_ended_meanwhile_is_left_alone(stopped):
 @pytest.mark.parametrize("switch", ["kept", "dropped", "added"])
 def test_a_saved_ring_spares_the_forwards(switch, config, tmp_path, monkeypatch):
     """To the same bits, from any step; and a resume may save it no longer, or for the first time."""
-    save = {"checkpoint_every": 600, "ring": switch != "added"}
+    save = {"checkpoint_every": 1900, "ring": switch != "added"}
     whole = fastsae.train(config(**SHAPE, save=save))
     train = sys.modules["fastsae.train"]
     for at in checkpoints(whole.run_dir)[:-1]:

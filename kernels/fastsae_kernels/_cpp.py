@@ -43,7 +43,7 @@ def call(name: str, *arguments: Tensor | float | None) -> int:
     """Run fastsae_<name> with as many threads as torch has; whole numbers, floats, and the addresses of tensors are passed."""
     library = _library()
     assert library is not None
-    library.omp_set_num_threads(torch.get_num_threads())
+    library.fastsae_set_threads(ctypes.c_int64(torch.get_num_threads()))
     function = getattr(library, f"fastsae_{name}")
     function.restype = ctypes.c_int64
     return int(function(*(_passed(a) for a in arguments)))
@@ -72,7 +72,7 @@ def _passed(argument: Tensor | float | None) -> Any:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("FASTSAE_CPP") == "0":
+    if os.environ.get("FASTSAE_CPP") == "0" or os.name != "posix":
         return None
     names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     compiler = next((name for name in names if name and shutil.which(name)), None)
@@ -82,8 +82,10 @@ def _library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        _log.warning(f"plain torch on the CPU, since {compiler} does not compile the C++ forms: {said}")
+        said = getattr(error, "stderr", b"").decode(errors="replace") or str(error)
+        _log.warning(
+            f"plain torch on the CPU, since {compiler} does not compile the C++ forms: {said.strip()}"
+        )
         return None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._launch import (
     INTERPRET,
     cdiv,
@@ -238,6 +239,34 @@ def emit_triton(
     values[batch:].zero_()
     emit(indices, values, counts, starts, width, batch + n_tail)
     return indices, values, counts, starts
+
+
+def empty_hits(pre_acts: Tensor) -> tuple[Tensor, Tensor]:
+    """For C++ to fill: a bit for every latent, in an int32 per group, and how many of each row are set."""
+    (batch, d_sae), integers = pre_acts.shape, torch.int32
+    hits = pre_acts.new_empty(batch, cdiv(d_sae, GROUP), dtype=integers)
+    return hits, pre_acts.new_empty(batch, dtype=integers)
+
+
+def emit_cpp(
+    pre_acts: Tensor,
+    hits: Tensor,
+    counts: Tensor,
+    threshold: Tensor | None,
+    width: int | None,
+    n_tail: int | None,
+) -> Outputs:
+    """Codes of the hits; value 0 where it is not above the threshold."""
+    batch, tailed = len(counts), has_tail(width, n_tail)
+    if width is None:
+        width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
+    pages = tail_starts(counts, width) if tailed else counts.new_zeros(0)
+    n_rows = batch + (int(pages[-1]) if n_tail is None else n_tail)
+    indices, values = counts.new_zeros(n_rows, width), pre_acts.new_zeros(n_rows, width)
+    slots = counts, pages if tailed else None, batch, n_rows, width
+    half, d_sae = _cpp.is_half(pre_acts), pre_acts.shape[1]
+    _cpp.call("emit", half, pre_acts, d_sae, threshold, hits, *slots, indices, values)
+    return indices, values, counts, pages
 
 
 def has_tail(width: int | None, n_tail: int | None) -> bool:

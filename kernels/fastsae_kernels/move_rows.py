@@ -8,6 +8,7 @@ Bound: memory, n * d * (itemsize of source + itemsize of out) bytes. Source: our
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._launch import FLOATS, cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
 
@@ -88,6 +89,16 @@ def _move_rows_torch(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | 
     out[slots.long()] = source.index_select(0, rows).to(out.dtype)
 
 
+def _move_rows_cpp(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None) -> None:
+    if out.dtype not in _cpp.DTYPES:
+        _move_rows_torch(source, rows, out, slots)
+        return
+    halves = _cpp.is_half(source), _cpp.is_half(out)
+    at = None if slots is None else slots.long().contiguous()
+    rows = rows.long().contiguous()
+    _cpp.call("move_rows", *halves, source, source.stride(0), rows, len(rows), source.shape[1], at, out)
+
+
 def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
     if source.dtype == out.dtype:
         torch.index_select(source, 0, rows, out=out)
@@ -99,7 +110,7 @@ def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
 
 @op("move_rows", mutates_args=("out",))
 def _move_rows(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None) -> None:
-    own = form(source, triton=_move_rows_triton, torch=_move_rows_torch)
+    own = form(source, triton=_move_rows_triton, cpp=_move_rows_cpp, torch=_move_rows_torch)
     own(source, rows, out, slots)
 
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastsae_kernels import _cpp
 from fastsae_kernels._emit import (
     INFINITY_KEY,
     NAN_KEY,
@@ -19,7 +20,9 @@ from fastsae_kernels._emit import (
     above,
     candidates,
     check_selection,
+    emit_cpp,
     emit_triton,
+    empty_hits,
     fake_codes,
     float_key,
     has_tail,
@@ -30,7 +33,7 @@ from fastsae_kernels._emit import (
     save_codes,
     scatter_grad,
 )
-from fastsae_kernels._launch import INTERPRET, cdiv, form, jit, launch, n_multiprocessors, tl
+from fastsae_kernels._launch import INTERPRET, backend, cdiv, form, jit, launch, n_multiprocessors, tl
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
 from fastsae_kernels.encode import GROUP, group_max_of
@@ -244,10 +247,23 @@ def _bounded(pre_acts: Tensor, group_max: Tensor, wanted: int) -> tuple[Tensor, 
     return candidates(pre_acts, passes(group_max), passes)
 
 
+def _select_batchtopk_cpp(
+    pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the torch form, with a bit per latent for the short list."""
+    hits, counts = empty_hits(pre_acts)
+    least = pre_acts.new_empty((), dtype=torch.float32)
+    (batch, d_sae), half = pre_acts.shape, _cpp.is_half(pre_acts)
+    _cpp.call("find_largest", half, pre_acts, group_max, batch, d_sae, batch * k, hits, counts, least)
+    return (*emit_cpp(pre_acts, hits, counts, None, width, n_tail), least)
+
+
 @op("select_batchtopk")
 def _select_batchtopk(
     pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if backend(pre_acts) == "cpp":  # can do without maxima
+        return _select_batchtopk_cpp(pre_acts, group_max, k, width, n_tail)
     if group_max is None:
         group_max = group_max_of(pre_acts)
     own = form(pre_acts, triton=_select_batchtopk_triton, torch=_select_batchtopk_torch)

@@ -12,16 +12,18 @@ from fastsae_kernels._emit import (
     above,
     candidates,
     check_selection,
+    emit_cpp,
     emit_triton,
+    empty_hits,
     fake_codes,
     has_tail,
     pack,
     save_codes,
     scatter_grad,
 )
-from fastsae_kernels._launch import backend, cdiv, check, form
+from fastsae_kernels._launch import backend, check, form
 from fastsae_kernels._op import differentiable, op
-from fastsae_kernels.codes import Codes, tail_starts
+from fastsae_kernels.codes import Codes
 from fastsae_kernels.encode import GROUP, group_max_of
 
 
@@ -82,22 +84,10 @@ def _select_threshold_torch(
 def _select_threshold_cpp(
     pre_acts: Tensor, threshold: Tensor | None, bandwidth: float, width: int | None, n_tail: int | None
 ) -> Outputs:
-    (batch, d_sae), half = pre_acts.shape, _cpp.is_half(pre_acts)
     lower = None if threshold is None else threshold - bandwidth / 2
-    counts = pre_acts.new_empty(batch, dtype=torch.int32)
-    hits = pre_acts.new_empty(batch, cdiv(d_sae, GROUP), dtype=torch.int32)
-    _cpp.call("find_above", half, pre_acts, batch, d_sae, lower, hits, counts)
-    tailed = has_tail(width, n_tail)
-    if width is None:
-        width, n_tail = max(int(counts.max()), 1) if batch else 1, 0
-    pages = tail_starts(counts, width) if tailed else counts.new_zeros(0)
-    if n_tail is None:
-        n_tail = int(pages[-1])
-    indices = counts.new_zeros(batch + n_tail, width)
-    values = pre_acts.new_zeros(batch + n_tail, width)
-    slots = counts, pages if tailed else None, batch, batch + n_tail, width
-    _cpp.call("emit", half, pre_acts, d_sae, threshold, hits, *slots, indices, values)
-    return indices, values, counts, pages
+    hits, counts = empty_hits(pre_acts)
+    _cpp.call("find_above", _cpp.is_half(pre_acts), pre_acts, *pre_acts.shape, lower, hits, counts)
+    return emit_cpp(pre_acts, hits, counts, threshold, width, n_tail)
 
 
 @op("select_threshold")

@@ -149,7 +149,62 @@ void find_above(const T* pre_acts, int64_t batch, int64_t n, const float* lower,
   }
 }
 
-// Codes of what find_above has found, as far as there are slots; value 0 where it is not above the threshold either.
+// The k-th largest key; it leaves them in another order.
+inline int32_t kth_largest(std::vector<int32_t>& keys, int64_t k) {
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
+  return keys[k - 1];
+}
+
+// A lower bound of the `wanted` largest of n keys, 0 where fewer are positive: by their upper halves, since a few more do no harm.
+inline int32_t loose_bound(const uint32_t* keys, int64_t n, int64_t wanted) {
+  std::vector<int64_t> counts((NAN_KEY >> 16) + 1);
+  for (int64_t i = 0; i < n; ++i) ++counts[keys[i] >> 16];
+  int32_t upper = NAN_KEY >> 16;
+  for (int64_t found = counts[upper]; found < wanted && upper > 0; found += counts[upper]) --upper;
+  return upper << 16;
+}
+
+// Those among the `wanted` largest positive ones of the whole batch, ties to the smallest (row, latent); the smallest of them, or 0.
+template <class T>
+float find_largest(const T* pre_acts, const T* group_max, int64_t batch, int64_t n, int64_t wanted, uint32_t* hits,
+                   int32_t* counts) {
+  const int64_t n_groups = groups(n);
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t g = 0, at = b * n_groups; g < n_groups; ++g, ++at)
+      hits[at] = group_max ? key_of<false>(wide(group_max[at])) : top_key<false>(pre_acts + b * n, g, n);
+  const int32_t bound = std::max(loose_bound(hits, batch * n_groups, wanted), 1);
+  std::vector<std::vector<int32_t>> keys(batch);  // of what reaches it, by row
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t b = 0; b < batch; ++b) {
+    const T* pre = pre_acts + b * n;
+    for (int64_t g = 0; g < n_groups; ++g) {
+      uint32_t& mask = hits[b * n_groups + g];
+      mask = int32_t(mask) < bound ? 0 : passing(g, n, [=](int64_t j) { return key_of<false>(wide(pre[j])) >= bound; });
+      for (uint32_t left = mask; left; left &= left - 1)
+        keys[b].push_back(key_of<false>(wide(pre[g * GROUP + __builtin_ctz(left)])));
+    }
+    counts[b] = int32_t(keys[b].size());
+  }
+  std::vector<int32_t> all;
+  for (const auto& row : keys) all.insert(all.end(), row.begin(), row.end());
+  if (all.empty()) return 0;
+  if (int64_t(all.size()) <= wanted) return value_of(*std::min_element(all.begin(), all.end()));
+  const int32_t least = kth_largest(all, wanted);
+  int64_t n_ties = wanted - std::count_if(all.begin(), all.end(), [=](int32_t key) { return key > least; });
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* key = keys[b].data();
+    for (int64_t g = 0; counts[b] && g < n_groups; ++g)
+      for (uint32_t& mask = hits[b * n_groups + g], left = mask; left; left &= left - 1, ++key)
+        if (*key < least || (*key == least && n_ties-- <= 0)) {
+          mask ^= left & -left;
+          --counts[b];
+        }
+  }
+  return value_of(least);
+}
+
+// Codes of what has been found, as far as there are slots; value 0 where it is not above the threshold either.
 template <class T>
 void emit(const T* pre_acts, int64_t n, const float* threshold, const uint32_t* hits, Slots slots, int32_t* indices,
           T* values) {
@@ -190,6 +245,14 @@ void fastsae_select_topk(int64_t half, const void* pre_acts, int64_t batch, int6
 void fastsae_find_above(int64_t half, const void* pre_acts, int64_t batch, int64_t n, const float* lower, uint32_t* hits,
                         int32_t* counts) {
   with_dtype(half, [&](auto t) { find_above((const decltype(t)*)pre_acts, batch, n, lower, hits, counts); });
+}
+
+void fastsae_find_largest(int64_t half, const void* pre_acts, const void* group_max, int64_t batch, int64_t n,
+                          int64_t wanted, uint32_t* hits, int32_t* counts, float* least) {
+  with_dtype(half, [&](auto t) {
+    using T = decltype(t);
+    *least = find_largest((const T*)pre_acts, (const T*)group_max, batch, n, wanted, hits, counts);
+  });
 }
 
 void fastsae_emit(int64_t half, const void* pre_acts, int64_t n, const float* threshold, const uint32_t* hits,

@@ -162,7 +162,8 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str
         dead = dead_bytes(shape, step, batch, device_type)
         auxk = gradients + rows + casts + max(auxk_bytes(shape, step, batch, form), dead)
     projects = shape.decoder_norm == "unit" or step.l1_coefficient is not None or step.l0_loss == "tanh"
-    return round(max(within, auxk, gradients + projects * n * d_out * element))
+    last = max(projects * n * d_out * element, casts + n * d_in * 2 * half)  # W_enc's, before it is widened
+    return round(max(within, auxk, gradients + last))
 
 
 def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int, device_type: str) -> int:
@@ -222,8 +223,10 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     compute = 2 if half else _master_bytes(step)
     chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     n_groups = -(-n // GROUP)
-    if _in_cpp(step, device_type) and shape.activation != "batchtopk":
-        hits = 0 if shape.k else 4 * n_groups
+    if _in_cpp(step, device_type):
+        whole = shape.activation == "batchtopk"  # with maxima, and codes as wide as the fullest row's
+        hits = (4 + compute) * n_groups if whole else 0 if shape.k else 4 * n_groups
+        n_codes *= 1 + whole
         slow = half and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
         in_fp32 = n * (shape.d_in + min(chunk, CHUNK_ROWS)) * 4 if slow else 0
         return chunk * (n * compute + hits) + batch * n_codes * (4 + compute) + in_fp32

@@ -115,9 +115,7 @@ def step_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
     the dense path too, which takes what does not fit there. AuxK is in it from the start.
     """
     assert step.crossover != "auto"
-    if (
-        step.accumulate > 1
-    ):  # by the piece, with all inputs, and all gradients twice: the sum, and those of a piece
+    if step.accumulate > 1:  # by the piece, beside all inputs, and gradients twice: the sum, and a piece's
         whole = step.model_copy(update={"accumulate": 1})
         kept = _master_bytes(step) * (2 * n_parameters(shape) + batch * shape.d_in)
         return kept + step_bytes(shape, whole, -(-batch // step.accumulate), device_type)
@@ -200,7 +198,7 @@ def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int, form: Form) -> in
 
 
 def dead_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
-    """What finding k_aux of dead latents holds; beside C++'s little the rows of W_enc that it encodes with count."""
+    """What finding k_aux of dead latents holds. In C++ that is little, and the copy of their rows of W_enc counts too."""
     assert step.k_aux is not None
     if not _in_cpp(step, device_type):
         return select_bytes(shape, step, batch, step.k_aux, device_type)
@@ -224,12 +222,16 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     n_groups = -(-n // GROUP)
     if _in_cpp(step, device_type):
-        whole = shape.activation == "batchtopk"  # with maxima, and codes as wide as the fullest row's
-        hits = (4 + compute) * n_groups if whole else 0 if shape.k else 4 * n_groups
-        n_codes *= 1 + whole
+        hits, code = 4 * n_groups, 4 + compute
+        if shape.activation == "topk":
+            hits = 0
+        elif (
+            shape.activation == "batchtopk"
+        ):  # with maxima; rows as wide as the fullest; and what is sorted, outside of torch's memory
+            hits, code = hits + compute * n_groups, 2 * code + 10
         slow = half and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
         in_fp32 = n * (shape.d_in + min(chunk, CHUNK_ROWS)) * 4 if slow else 0
-        return chunk * (n * compute + hits) + batch * n_codes * (4 + compute) + in_fp32
+        return chunk * (n * compute + hits) + batch * n_codes * code + in_fp32
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
     select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * OTHERS.code)
     wide = chunk * (n + n_groups) * compute
@@ -245,7 +247,11 @@ def _in_cpp(step: StepConfig, device_type: str) -> bool:
     """Whether the ops are those in C++."""
     from fastsae_kernels._launch import backend  # loads triton: not at the top
 
-    return device_type == "cpu" and step.precision != "fp64" and backend(torch.empty(0)) == "cpp"
+    return (
+        device_type == "cpu"
+        and step.precision != "fp64"
+        and backend(torch.empty(0, dtype=torch.float32, device="cpu")) == "cpp"
+    )
 
 
 def _master_bytes(step: StepConfig) -> int:

@@ -77,7 +77,9 @@ def other_machine(checkpoint: Checkpoint, device: torch.device) -> str | None:
     """What differs from where the checkpoint was made, in words."""
     before, now = checkpoint.state["machine"], machine(device)
     changed = [
-        f"{what} {before.get(what)} before, {now[what]} now" for what in now if before.get(what) != now[what]
+        f"{what} {before[what]} before, {now[what]} now"
+        for what in now
+        if before.get(what, now[what]) != now[what]
     ]
     return f"the resumed run may differ in its last bits: {'; '.join(changed)}" if changed else None
 

@@ -72,21 +72,24 @@ def backend(tensor: Tensor) -> Backend:
 
 def backend_name(device: torch.device | str) -> str:
     """What runs on a device, in words; for C++ with some digits that the last bits depend on."""
-    chosen = backend(torch.empty(0, device=device))
+    chosen = backend(torch.empty(0, device=device, dtype=torch.float32))
     if chosen == "cpp":
         return f"C++ {_cpp.identity()}"
     return "Triton" if chosen == "triton" else "PyTorch ops"
 
 
-def form(tensor: Tensor, *, triton: Form, torch: Form, cpp: Form | None = None) -> Form:
-    """The form of an op that runs for `tensor`; the torch form where there is none in C++."""
-    return {"triton": triton, "cpp": cpp or torch, "torch": torch}[backend(tensor)]
+def form(tensor: Tensor, *, triton: Form, cpp: Form, torch: Form) -> Form:
+    """The form of an op that runs for `tensor`."""
+    return {"triton": triton, "cpp": cpp, "torch": torch}[backend(tensor)]
 
 
 @functools.cache
 def _backend(device: torch.device) -> Backend:
     if device.type != "cuda":
-        return "cpp" if device.type == "cpu" and _cpp.is_available() else "torch"
+        if device.type != "cpu" or not _cpp.is_available():  # which says why
+            return "torch"
+        _log.info(f"{device}: C++ forms {_cpp.identity()}")
+        return "cpp"
     if triton is None or torch.cuda.get_device_capability(device) < (8, 0):
         reason = (
             "triton is not installed" if triton is None else "its compute capability is below 8.0 (Ampere)"

@@ -153,7 +153,12 @@ def to_dense(codes: Codes, d_sae: int) -> Tensor:
     return acts
 
 
-def cpp_codes(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
-    """As the C++ forms take them."""
+def call_cpp(
+    name: str, *first: int, codes: Codes, rest: tuple[Tensor | float | None, ...], d_sae: int
+) -> None:
+    """Run a C++ form that reads codes. Raises ValueError where one of them names a latent outside of [0, d_sae)."""
     (n_rows, width), batch = codes.indices.shape, len(codes.counts)
-    return codes.indices, _cpp.wide(codes.values), codes.counts, codes.tail_starts, batch, n_rows, width
+    own = codes.indices, _cpp.wide(codes.values), codes.counts, codes.tail_starts, batch, n_rows, width
+    outside = _cpp.call(name, *first, *own, *rest)
+    if outside != _cpp.ALL_INSIDE:
+        raise ValueError(f"codes.indices has {outside}, but d_sae is {d_sae}")

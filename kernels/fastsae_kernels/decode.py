@@ -17,8 +17,8 @@ from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import (
     Codes,
     Entries,
+    call_cpp,
     check_codes,
-    cpp_codes,
     entries,
     load_codes,
     load_rows,
@@ -211,10 +211,10 @@ def _decode_torch(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
 
 
 def _decode_cpp(codes: Codes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    batch, d = len(codes.counts), W_dec.shape[1]
-    x_hat = W_dec.new_empty(batch, d)
-    b_dec = None if b_dec is None else _cpp.wide(b_dec)
-    _cpp.call("decode", _cpp.is_half(W_dec), *cpp_codes(codes), W_dec, b_dec, d, x_hat)
+    n, d = W_dec.shape
+    x_hat = W_dec.new_empty(len(codes.counts), d)
+    rest = W_dec, None if b_dec is None else _cpp.wide(b_dec), n, d, x_hat
+    call_cpp("decode", _cpp.is_half(W_dec), codes=codes, rest=rest, d_sae=n)
     return x_hat
 
 
@@ -224,9 +224,8 @@ def _g_values_torch(codes: Codes, W_dec: Tensor, g: Tensor) -> Tensor:
 
 def _g_values_cpp(codes: Codes, W_dec: Tensor, g: Tensor) -> Tensor:
     out = torch.zeros_like(codes.values, dtype=torch.float32)  # free slots are never stored
-    indices, _, *slots = cpp_codes(codes)
-    half = _cpp.is_half(W_dec)
-    _cpp.call("gathered_dots", half, indices, *slots, W_dec, _cpp.wide(g), W_dec.shape[1], out)
+    rest = W_dec, _cpp.wide(g), *W_dec.shape, out
+    call_cpp("gathered_dots", _cpp.is_half(W_dec), codes=codes, rest=rest, d_sae=len(W_dec))
     return out.to(codes.values.dtype)
 
 

@@ -18,8 +18,8 @@ from fastsae_kernels._launch import FLOATS, cdiv, check, form, jit, launch, next
 from fastsae_kernels._op import op
 from fastsae_kernels.codes import (
     Codes,
+    call_cpp,
     check_codes,
-    cpp_codes,
     entries,
     load_codes,
     load_rows,
@@ -33,7 +33,7 @@ from fastsae_kernels.decode import bag_sums, gathered_dots, tile_size
 Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]  # of DecodeLoss; x_hat is empty unless it is asked for
-CPP_BLOCK = 64  # rows of a partial sum of g: BLOCK in cpp/decode.cpp
+CPP_BLOCK = 64  # rows of a partial sum of g in the C++ form
 MAX_ONE_TILE = 128  # slots in a row for which a tile of 64 columns still holds all of its entries
 
 
@@ -289,29 +289,20 @@ def _decode_loss_cpp(
     out_dtype: torch.dtype,
     return_x_hat: bool,
 ) -> Outputs:
-    batch, d = target.shape
-    g = W_dec.new_empty(batch, d, dtype=out_dtype if out_dtype in _cpp.DTYPES else torch.float32)
+    (batch, d), n = target.shape, len(W_dec)
+    g = W_dec.new_empty(batch, d, dtype=_cpp.nearest(out_dtype))
     g_values = torch.zeros_like(codes.values, dtype=torch.float32)  # free slots are never stored
     mse = W_dec.new_empty(batch, dtype=torch.float32)
     l1_rows = torch.empty_like(mse)
     g_sums = mse.new_empty(cdiv(batch, CPP_BLOCK), d)
     x_hat = g.new_empty((batch, d) if return_x_hat else (0,))
-    _cpp.call(
-        "decode_loss",
-        _cpp.is_half(W_dec),
-        _cpp.is_half(g),
-        *cpp_codes(codes),
-        W_dec,
-        *(None if t is None else _cpp.wide(t) for t in (b_dec, target, l1, norms)),
-        d,
-        g,
-        g_values,
-        mse,
-        l1_rows,
-        g_sums,
-        x_hat if return_x_hat else None,
-    )
-    return g.to(out_dtype), g_values, mse, l1_rows, g_sums.sum(0), x_hat.to(out_dtype)
+    given = (None if t is None else _cpp.wide(t) for t in (b_dec, target, l1, norms))
+    found = g, g_values, mse, l1_rows, g_sums, x_hat if return_x_hat else None
+    rest = W_dec, *given, n, d, CPP_BLOCK, *found
+    call_cpp("decode_loss", _cpp.is_half(W_dec), _cpp.is_half(g), codes=codes, rest=rest, d_sae=n)
+    g_out = g.to(out_dtype)
+    g_sum = g_sums.sum(0) if g_out is g else g_out.sum(0, dtype=torch.float32)
+    return g_out, g_values, mse, l1_rows, g_sum, x_hat.to(out_dtype)
 
 
 @op("decode_loss")

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsae_kernels import _cpp
 from fastsae_kernels._launch import cdiv, check, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
-from fastsae_kernels.dense_loss import CHUNK, ROWS
+from fastsae_kernels.dense_loss import CHUNK, CPP_COLUMNS, CPP_ROWS, ROWS
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -241,16 +241,15 @@ def _dense_jumprelu_cpp(
     """Without a smooth count, whose tanh C++ has no vectors for."""
     if slope is not None or g_acts.dtype not in _cpp.DTYPES:
         return _dense_jumprelu_torch(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
-    batch, n = pre_acts.shape
-    sums = [pre_acts.new_empty(n, dtype=torch.float32) for _ in range(3)]
+    (batch, n), level = pre_acts.shape, _cpp.wide(threshold)
+    sums = [level.new_empty(cdiv(batch, CPP_ROWS), n) for _ in range(3)]
     counts = [torch.empty_like(sums[0], dtype=torch.int32) for _ in range(3)]
     halves = (_cpp.is_half(t) for t in (g_acts, pre_acts))
-    level = _cpp.wide(threshold)
-    _cpp.call(
-        "dense_jumprelu_grad", *halves, g_acts, pre_acts, level, bandwidth / 2, batch, n, *counts, *sums
-    )
-    fired, above, in_band = counts
-    g_in_band, g_sum, acts_sum = sums
+    levels = level, level - bandwidth / 2, level + bandwidth / 2
+    sizes = batch, n, CPP_ROWS, CPP_COLUMNS
+    _cpp.call("dense_jumprelu_grad", *halves, g_acts, pre_acts, *levels, *sizes, *counts, *sums)
+    fired, above, in_band = (part.sum(0, dtype=torch.int32) for part in counts)
+    g_in_band, g_sum, acts_sum = (part.sum(0) for part in sums)
     return fired, above, in_band, g_in_band, g_sum, acts_sum
 
 

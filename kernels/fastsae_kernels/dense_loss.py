@@ -17,7 +17,7 @@ from fastsae_kernels._launch import FLOATS, cdiv, check, form, jit, launch, next
 from fastsae_kernels._op import op
 
 CHUNK = 2**18  # elements of a chunk of rows in the torch forms: 1 MB in fp32, a share of a core's cache
-CPP_STRIP = 1024  # columns of a thread in the C++ forms: STRIP in cpp/dense.cpp
+CPP_ROWS, CPP_COLUMNS = 256, 1024  # that a thread takes at a time in the C++ forms
 ROWS = 64  # rows of a program of dense_codes_grad; its partial sums then are 1/64 of what it reads and writes
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -241,29 +241,28 @@ def _dense_loss_cpp(
     decoded: Tensor, b_dec: Tensor, target: Tensor, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, d), target = decoded.shape, _cpp.taken(target)
-    g = torch.empty_like(decoded, dtype=out_dtype if out_dtype in _cpp.DTYPES else torch.float32)
-    mse = decoded.new_empty(cdiv(d, CPP_STRIP), batch, dtype=torch.float32)
-    g_sum = mse.new_empty(d)
+    g = torch.empty_like(decoded, dtype=_cpp.nearest(out_dtype))
+    mse = decoded.new_empty(batch, dtype=torch.float32)
+    g_sums = mse.new_empty(cdiv(batch, CPP_ROWS), d)
     halves = (_cpp.is_half(t) for t in (decoded, target, g))
-    _cpp.call("dense_loss", *halves, decoded, _cpp.wide(b_dec), target, batch, d, g, mse, g_sum)
-    return g.to(out_dtype), mse.sum(0), g_sum
+    _cpp.call("dense_loss", *halves, decoded, _cpp.wide(b_dec), target, batch, d, CPP_ROWS, g, mse, g_sums)
+    return g.to(out_dtype), mse, g_sums.sum(0)
 
 
 def _dense_codes_grad_cpp(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     if g_acts.dtype not in _cpp.DTYPES:
         return _dense_codes_grad_torch(g_acts, acts, l1, norms)
     batch, n = acts.shape
-    weights = None if norms is None else _cpp.wide(norms)
-    shift = None
-    if l1 is not None:
-        shift = (torch.ones(n) if weights is None else weights) * (l1.float() / max(batch, 1))
-    l1_rows = acts.new_empty(cdiv(n, CPP_STRIP), batch, dtype=torch.float32)
-    acts_sum, g_sum = l1_rows.new_empty(n), l1_rows.new_empty(n)
-    n_fired = torch.empty_like(g_sum, dtype=torch.int32)
-    sums = l1_rows, acts_sum, g_sum, n_fired
+    weights = acts.new_ones(n, dtype=torch.float32) if norms is None else _cpp.wide(norms)
+    shift = torch.zeros_like(weights) if l1 is None else weights * (l1.float() / max(batch, 1))
+    l1_parts = weights.new_empty(cdiv(n, CPP_COLUMNS), batch)
+    acts_sums, g_sums = (weights.new_empty(cdiv(batch, CPP_ROWS), n) for _ in range(2))
+    n_fired = torch.empty_like(g_sums, dtype=torch.int32)
     halves = (_cpp.is_half(t) for t in (g_acts, acts))
-    _cpp.call("dense_codes_grad", *halves, g_acts, acts, batch, n, shift, weights, *sums)
-    return l1_rows.sum(0), acts_sum, g_sum, n_fired
+    sizes = batch, n, CPP_ROWS, CPP_COLUMNS
+    sums = l1_parts, acts_sums, g_sums, n_fired
+    _cpp.call("dense_codes_grad", *halves, g_acts, acts, *sizes, shift, weights, *sums)
+    return l1_parts.sum(0), acts_sums.sum(0), g_sums.sum(0), n_fired.sum(0, dtype=torch.int32)
 
 
 @op("dense_loss")

@@ -20,7 +20,6 @@ from fastsae_kernels._launch import (
     backend,
     cdiv,
     check,
-    form,
     jit,
     launch,
     shared_bytes,
@@ -202,18 +201,8 @@ def group_max_triton(pre_acts: Tensor) -> Tensor:
     return group_max
 
 
-def group_max_cpp(pre_acts: Tensor, group_max: Tensor | None = None) -> Tensor:
-    batch, d_sae = pre_acts.shape
-    if group_max is None:
-        group_max = pre_acts.new_empty(batch, cdiv(d_sae, GROUP))
-    _cpp.call("group_max", _cpp.is_half(pre_acts), pre_acts, batch, d_sae, group_max)
-    return group_max
-
-
-def group_max_of(pre_acts: Tensor) -> Tensor:
-    """Group maxima for a selection that was given none."""
-    own = form(pre_acts, triton=group_max_triton, cpp=group_max_cpp, torch=group_max_torch)
-    return own(pre_acts)
+def group_max_cpp(pre_acts: Tensor, group_max: Tensor) -> None:
+    _cpp.call("group_max", _cpp.is_half(pre_acts), pre_acts, *pre_acts.shape, group_max)
 
 
 def _encode_triton(

@@ -96,7 +96,9 @@ def _move_rows_cpp(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | No
     halves = _cpp.is_half(source), _cpp.is_half(out)
     at = None if slots is None else slots.long().contiguous()
     rows = rows.long().contiguous()
-    _cpp.call("move_rows", *halves, source, source.stride(0), rows, len(rows), source.shape[1], at, out)
+    (n_source, d), stride = source.shape, source.stride(0)
+    if not _cpp.call("move_rows", *halves, source, n_source, stride, rows, len(rows), d, at, len(out), out):
+        raise IndexError(f"a row is not one of source's {n_source}, or a slot not one of out's {len(out)}")
 
 
 def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:

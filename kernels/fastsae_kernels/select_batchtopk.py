@@ -33,10 +33,10 @@ from fastsae_kernels._emit import (
     save_codes,
     scatter_grad,
 )
-from fastsae_kernels._launch import INTERPRET, backend, cdiv, form, jit, launch, n_multiprocessors, tl
+from fastsae_kernels._launch import INTERPRET, cdiv, form, jit, launch, n_multiprocessors, tl
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP, group_max_of
+from fastsae_kernels.encode import GROUP, group_max_torch, group_max_triton
 
 TOP_SHIFT = 20  # the first level: exponent and 3 bits of the mantissa
 N_BINS = 1 << (31 - TOP_SHIFT)
@@ -141,8 +141,10 @@ def _cut(histogram: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _select_batchtopk_triton(
-    pre_acts: Tensor, group_max: Tensor, k: int, width: int | None, n_tail: int | None
+    pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if group_max is None:
+        group_max = group_max_triton(pre_acts)
     (batch, d_sae), n_groups = pre_acts.shape, group_max.shape[1]
     programs, block_g, block_a = row_programs(pre_acts)
     keys = {"INFINITY": INFINITY_KEY, "NAN": NAN_KEY}
@@ -211,9 +213,11 @@ def _select_batchtopk_triton(
 
 
 def _select_batchtopk_torch(
-    pre_acts: Tensor, group_max: Tensor, k: int, width: int | None, n_tail: int | None
+    pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The wanted-th largest group maximum bounds the cut; what it lets through is cut exactly."""
+    if group_max is None:
+        group_max = group_max_torch(pre_acts)
     wanted = len(pre_acts) * k
     row, latent, value = _bounded(pre_acts, group_max, wanted)
     exact = value if value.dtype == torch.float64 else value.float()
@@ -262,11 +266,9 @@ def _select_batchtopk_cpp(
 def _select_batchtopk(
     pre_acts: Tensor, group_max: Tensor | None, k: int, width: int | None, n_tail: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if backend(pre_acts) == "cpp":  # can do without maxima
-        return _select_batchtopk_cpp(pre_acts, group_max, k, width, n_tail)
-    if group_max is None:
-        group_max = group_max_of(pre_acts)
-    own = form(pre_acts, triton=_select_batchtopk_triton, torch=_select_batchtopk_torch)
+    own = form(
+        pre_acts, triton=_select_batchtopk_triton, cpp=_select_batchtopk_cpp, torch=_select_batchtopk_torch
+    )
     return own(pre_acts, group_max, k, width, n_tail)
 
 

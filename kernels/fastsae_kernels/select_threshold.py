@@ -1,6 +1,6 @@
 """Selection by threshold: codes of all latents with pre_acts > threshold (ReLU: 0; JumpReLU: one per latent).
 
-Through the group maxima, so that only groups that hold an active latent are read: see _emit.
+Through the group maxima, so that only groups that hold an active latent are read: see _emit. (C++ reads all: a chunk is in the cache.)
 """
 
 import torch
@@ -21,10 +21,10 @@ from fastsae_kernels._emit import (
     save_codes,
     scatter_grad,
 )
-from fastsae_kernels._launch import backend, check, form
+from fastsae_kernels._launch import check, form
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP, group_max_of
+from fastsae_kernels.encode import GROUP, group_max_torch, group_max_triton
 
 
 def select_threshold_ref(
@@ -45,12 +45,14 @@ def _levels(threshold: Tensor, bandwidth: float, n_groups: int) -> tuple[Tensor,
 
 def _select_threshold_triton(
     pre_acts: Tensor,
-    group_max: Tensor,
+    group_max: Tensor | None,
     threshold: Tensor | None,
     bandwidth: float,
     width: int | None,
     n_tail: int | None,
 ) -> Outputs:
+    if group_max is None:
+        group_max = group_max_triton(pre_acts)
     if threshold is None:
         return emit_triton(pre_acts, group_max, width, n_tail, rule="relu")
     lower, group_lower = _levels(threshold.float(), bandwidth, group_max.shape[1])
@@ -60,12 +62,14 @@ def _select_threshold_triton(
 
 def _select_threshold_torch(
     pre_acts: Tensor,
-    group_max: Tensor,
+    group_max: Tensor | None,
     threshold: Tensor | None,
     bandwidth: float,
     width: int | None,
     n_tail: int | None,
 ) -> Outputs:
+    if group_max is None:
+        group_max = group_max_torch(pre_acts)
     if threshold is None:
         positive = above(0.0)
         row, latent, value = candidates(pre_acts, positive(group_max), positive)
@@ -82,8 +86,14 @@ def _select_threshold_torch(
 
 
 def _select_threshold_cpp(
-    pre_acts: Tensor, threshold: Tensor | None, bandwidth: float, width: int | None, n_tail: int | None
+    pre_acts: Tensor,
+    group_max: Tensor | None,
+    threshold: Tensor | None,
+    bandwidth: float,
+    width: int | None,
+    n_tail: int | None,
 ) -> Outputs:
+    """Reads all of pre_acts, and needs no maxima."""
     lower = None if threshold is None else threshold - bandwidth / 2
     hits, counts = empty_hits(pre_acts)
     _cpp.call("find_above", _cpp.is_half(pre_acts), pre_acts, *pre_acts.shape, lower, hits, counts)
@@ -99,11 +109,9 @@ def _select_threshold(
     width: int | None,
     n_tail: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend(pre_acts) == "cpp":  # needs no maxima: it looks into every group
-        return _select_threshold_cpp(pre_acts, threshold, bandwidth, width, n_tail)
-    if group_max is None:
-        group_max = group_max_of(pre_acts)
-    own = form(pre_acts, triton=_select_threshold_triton, torch=_select_threshold_torch)
+    own = form(
+        pre_acts, triton=_select_threshold_triton, cpp=_select_threshold_cpp, torch=_select_threshold_torch
+    )
     return own(pre_acts, group_max, threshold, bandwidth, width, n_tail)
 
 
@@ -139,7 +147,7 @@ def select_threshold(
 
     Args:
         pre_acts: [batch, d_sae], any float dtype. A NaN is active.
-        group_max: [batch, ceil(d_sae / 32)] as encode returns it; by default taken here, for one read of pre_acts.
+        group_max: [batch, ceil(d_sae / 32)] as encode returns it; by default taken here, for one read of pre_acts. C++ needs none.
         width: slots per row; by default as many as the fullest row needs, which waits for the device.
         n_tail: rows behind the batch for what exceeds width. None: as many as are needed, which waits for the device.
             With too few, `codes.missing` says how many latents found no slot; counts stay true.

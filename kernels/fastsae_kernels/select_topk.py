@@ -31,10 +31,10 @@ from fastsae_kernels._emit import (
     scatter_grad,
     signed_key,
 )
-from fastsae_kernels._launch import INTERPRET, backend, form, jit, launch, tl
+from fastsae_kernels._launch import INTERPRET, form, jit, launch, tl
 from fastsae_kernels._op import differentiable, op
 from fastsae_kernels.codes import Codes
-from fastsae_kernels.encode import GROUP, group_max_of
+from fastsae_kernels.encode import GROUP, group_max_torch, group_max_triton
 
 LOWEST = -(2**31)
 # Bits of a float key that are clear in every value of the dtype: they need no bisection. Negative keys have them set.
@@ -142,7 +142,9 @@ def select_topk_ref(pre_acts: Tensor, k: int, positive: bool = True) -> tuple[Te
     return torch.where(selected, pre_acts, 0.0), selected
 
 
-def _select_topk_triton(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
+def _select_topk_triton(pre_acts: Tensor, group_max: Tensor | None, k: int, positive: bool) -> Outputs:
+    if group_max is None:
+        group_max = group_max_triton(pre_acts)
     (batch, d_sae), n_groups = pre_acts.shape, group_max.shape[1]
     programs, block_g, block_a = row_programs(pre_acts)
     n_keys = n_groups + min(GROUP * (k - 1), d_sae)
@@ -176,8 +178,8 @@ def _select_topk_triton(pre_acts: Tensor, group_max: Tensor, k: int, positive: b
     return emit_triton(pre_acts, group_max, k, 0, rule=rule, kappa=kappa, quota=quota)
 
 
-def _select_topk_cpp(pre_acts: Tensor, k: int, positive: bool) -> Outputs:
-    """Row by row while it is in the cache, by the same bound."""
+def _select_topk_cpp(pre_acts: Tensor, group_max: Tensor | None, k: int, positive: bool) -> Outputs:
+    """A row at a time while it is in the cache, by the same bound; it needs no maxima."""
     batch, d_sae = pre_acts.shape
     indices = pre_acts.new_empty(batch, k, dtype=torch.int32)
     values, counts = pre_acts.new_empty(batch, k), indices.new_empty(batch)
@@ -186,8 +188,10 @@ def _select_topk_cpp(pre_acts: Tensor, k: int, positive: bool) -> Outputs:
     return indices, values, counts, counts.new_zeros(0)
 
 
-def _select_topk_torch(pre_acts: Tensor, group_max: Tensor, k: int, positive: bool) -> Outputs:
+def _select_topk_torch(pre_acts: Tensor, group_max: Tensor | None, k: int, positive: bool) -> Outputs:
     """The k-th group maximum filters; the few values that pass are cut exactly, as integer keys."""
+    if group_max is None:
+        group_max = group_max_torch(pre_acts)
     batch = len(pre_acts)
     # with few groups for that many latents their maxima let through too much: the values themselves, twice the time for 1/32 more
     bound = _kth_bound(group_max if 2 * k <= group_max.shape[1] else pre_acts, k, positive)
@@ -279,11 +283,7 @@ def _less_excess(passed: Tensor, tied: Tensor, row: Tensor, wanted: Tensor) -> T
 def _select_topk(
     pre_acts: Tensor, group_max: Tensor | None, k: int, positive: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend(pre_acts) == "cpp":  # needs no maxima: it takes them from the row that it cuts
-        return _select_topk_cpp(pre_acts, k, positive)
-    if group_max is None:
-        group_max = group_max_of(pre_acts)
-    own = form(pre_acts, triton=_select_topk_triton, torch=_select_topk_torch)
+    own = form(pre_acts, triton=_select_topk_triton, cpp=_select_topk_cpp, torch=_select_topk_torch)
     return own(pre_acts, group_max, k, positive)
 
 
@@ -305,7 +305,7 @@ def select_topk(pre_acts: Tensor, k: int, group_max: Tensor | None = None, *, po
     Args:
         pre_acts: [batch, d_sae], any float dtype. NaN is the largest. Ties go to the smallest index.
         k: latents per row.
-        group_max: [batch, ceil(d_sae / 32)] as encode returns it; by default taken here, for one read of pre_acts.
+        group_max: [batch, ceil(d_sae / 32)] as encode returns it; by default taken here, for one read of pre_acts. C++ needs none.
         positive: leave out what is not positive, so that a row may have fewer than k: a selected value of 0 would otherwise
             take part in the count of latents.
     Returns:

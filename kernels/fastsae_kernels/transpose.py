@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels import _cpp
 from fastsae_kernels._launch import cdiv, form, jit, launch, next_power_of_2, tl
 from fastsae_kernels._op import op
-from fastsae_kernels.codes import Codes, check_codes, entries, row_slots, slots_of
+from fastsae_kernels.codes import Codes, call_cpp, check_codes, entries, row_slots, slots_of
 
 
 class Transposed(NamedTuple):
@@ -183,14 +182,9 @@ def _transpose_torch(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _transpose_cpp(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    indices, counts = codes.indices, codes.counts
-    (n_rows, width), batch = indices.shape, len(counts)
-    starts = counts.new_zeros(d_sae + 1)
-    owners, slots = (counts.new_zeros(indices.numel()) for _ in range(2))
-    sizes = batch, n_rows, width, d_sae
-    largest = _cpp.call("transpose", indices, counts, codes.tail_starts, *sizes, starts, owners, slots)
-    if largest >= 0:
-        raise ValueError(f"codes.indices goes up to {largest}, but d_sae is {d_sae}")
+    starts = codes.counts.new_zeros(d_sae + 1)
+    owners, slots = (codes.counts.new_zeros(codes.indices.numel()) for _ in range(2))
+    call_cpp("transpose", codes=codes, rest=(d_sae, starts, owners, slots), d_sae=d_sae)
     return starts, owners, slots
 
 
@@ -205,7 +199,7 @@ def _transpose(
     indices: Tensor, counts: Tensor, tail_starts: Tensor | None, d_sae: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_slots(indices.numel())
-    codes = Codes(indices, indices, counts, tail_starts)  # the values play no part
+    codes = Codes(indices, indices.view(torch.float32), counts, tail_starts)  # the values play no part
     own = form(indices, triton=_transpose_triton, cpp=_transpose_cpp, torch=_transpose_torch)
     starts, owners, slots = own(codes, d_sae)
     extra = (starts.diff() - 1).clamp(min=0).div(chunk, rounding_mode="floor")

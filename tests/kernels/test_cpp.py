@@ -1,20 +1,22 @@
 """How the C++ forms are compiled, found again and done without; what they compute, the tests of the ops hold them to."""
 
 import logging
+import os
 import shutil
 import subprocess
-import sys
+import tempfile
 
 import pytest
 import torch
 
 import fastsae_kernels as ops
 from fastsae_kernels import _cpp
-from fastsae_kernels._launch import backend
+from fastsae_kernels._launch import _backend, backend
 from fastsae_kernels.codes import Codes
 
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="there is no C++ compiler"
+    os.environ.get("FASTSAE_CPP") == "0" or not any(shutil.which(name) for name in _cpp.COMPILERS),
+    reason="there is no C++ compiler, or it is not wanted",
 )
 
 
@@ -24,10 +26,13 @@ def anew(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTSAE_CPP", raising=False)
     monkeypatch.setattr(_cpp, "FLAGS", (*_cpp.FLAGS, "-O0"))  # in a quarter of the time
-    _cpp._library.cache_clear()
+    caches = _cpp._library, _backend
+    for cached in caches:
+        cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    _cpp._library.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @needs_compiler
@@ -56,16 +61,21 @@ def test_they_are_compiled_once(anew, monkeypatch):
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_written_costs_the_cache_alone(anew):
+def test_a_folder_that_cannot_be_written_costs_the_cache_alone(anew, monkeypatch):
     (anew / "fastsae").write_text("a file")
-    assert _cpp.is_available()
+    (anew / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(anew / "temporary"))
+    assert _cpp.is_available() and not list((anew / "temporary").iterdir()), "nor is anything left"
 
 
 def test_without_a_compiler_the_torch_forms_run(anew, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO, "fastsae_kernels"):
         assert not _cpp.is_available()
     assert "there is no C++ compiler" in caplog.text
+    assert backend(torch.ones(1)) == "torch" and ops.backend_name("cpu") == "PyTorch ops"
+    assert ops.select_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).indices.tolist() == [[1, 2]]
     with (
         pytest.raises(ValueError, match="'cpp', but its forms cannot be compiled here"),
         ops.use_backend("cpp"),
@@ -73,14 +83,37 @@ def test_without_a_compiler_the_torch_forms_run(anew, monkeypatch, caplog):
         pass
 
 
-def test_a_compiler_that_fails_is_a_warning(anew, monkeypatch, caplog):
-    def fails(*command):
-        raise subprocess.CalledProcessError(1, command, stderr=b"cannot find -lgomp")
+@needs_compiler
+def test_the_next_compiler_is_tried(anew, monkeypatch, caplog):
+    """Where $CXX does not say which."""
+    ran, original = [], _cpp._output
 
-    monkeypatch.setenv("CXX", sys.executable)
-    monkeypatch.setattr(_cpp, "_output", fails)
-    assert not _cpp.is_available()
-    assert "cannot find -lgomp" in caplog.text
+    def without_openmp(*command):
+        ran.append(command[0])
+        if command[0] == _cpp.COMPILERS[0]:
+            raise subprocess.CalledProcessError(1, command, stderr=b"unsupported option -fopenmp")
+        return original(*command)
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(_cpp, "_output", without_openmp)
+    assert _cpp.is_available() == (len({*ran}) > 1), "with a second one only"
+    monkeypatch.setenv("CXX", f"{_cpp.COMPILERS[0]} -pipe")
+    _cpp._library.cache_clear()
+    with caplog.at_level(logging.INFO, "fastsae_kernels"):
+        assert not _cpp.is_available()
+    assert "makes none that run: unsupported option -fopenmp" in caplog.text
+
+
+@needs_compiler
+def test_a_torn_file_is_made_again(anew, monkeypatch):
+    assert _cpp.is_available()
+    built = next((anew / "fastsae" / "cpp").glob("*.so"))
+    elsewhere = anew / "elsewhere" / "fastsae" / "cpp" / built.name  # what is loaded once is not loaded again
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_bytes(b"torn")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(anew / "elsewhere"))
+    _cpp._library.cache_clear()
+    assert _cpp.is_available() and elsewhere.stat().st_size > 1000
 
 
 def test_they_can_be_turned_off(anew, monkeypatch):
@@ -89,25 +122,35 @@ def test_they_can_be_turned_off(anew, monkeypatch):
 
 
 @needs_compiler
-def test_the_bits_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bits_do_not_depend_on_the_number_of_threads(dtype):
+    """Of no op: all of them on more rows and columns than a thread takes at a time."""
     gen = torch.Generator().manual_seed(0)
-    pre_acts, g_acts = (torch.randn(300, 260, generator=gen) for _ in range(2))
-    W_dec, target = torch.randn(260, 33, generator=gen), torch.randn(300, 33, generator=gen)
+    pre_acts, g_acts = (torch.randn(300, 1100, generator=gen).to(dtype) for _ in range(2))
+    W, target = torch.randn(1100, 33, generator=gen), torch.randn(300, 33, generator=gen)
+    W_dec, b_dec, threshold = W.to(dtype), torch.zeros(33), torch.rand(1100, generator=gen)
+    scalars = torch.tensor([1e-3, 0.1, 0.001, 1.0, 0.0, 0.0])
 
     def everything() -> list[torch.Tensor]:
-        codes = ops.select_threshold(pre_acts)
-        out = ops.decode_loss(codes, W_dec, torch.zeros(33), target)
-        t = ops.transpose(codes, 260)
+        codes, (batchtopk, least) = ops.select_threshold(pre_acts), ops.select_batchtopk(pre_acts, 9)
+        out, t = ops.decode_loss(codes, W_dec, b_dec, target), ops.transpose(codes, 1100)
         dense = ops.dense_codes_grad(g_acts.clone(), pre_acts.relu())
-        topk = ops.select_topk(pre_acts, 7)
-        return [*codes[:3], *topk[:3], *out[:5], *t[:5], *ops.grad_rows(t, codes.values, out.g), *dense]
+        jump = ops.dense_jumprelu_grad(g_acts.clone(), pre_acts, threshold, bandwidth=0.5)
+        moved, kept = torch.empty(300, 33, dtype=torch.bfloat16), [W.clone(), *torch.zeros(2, 1100, 33)]
+        ops.move_rows(target, torch.randperm(300, generator=torch.Generator().manual_seed(1)), moved)
+        ops.update_rows(t, codes.values, out.g, *kept, scalars=scalars, betas=(0.9, 0.999), eps=1e-8)
+        norms = ops.grad_norms(t, codes.values, out.g)
+        few = [*codes[:3], *ops.select_topk(pre_acts, 7)[:3], *batchtopk[:3], least, *out[:5], *t[:5]]
+        many = [*ops.grad_rows(t, codes.values, out.g), *norms, *dense, *jump, moved, *kept]
+        return [*few, *many, ops.decode(codes, W_dec), *ops.dense_loss(target.to(dtype), b_dec, target)]
 
     n_threads = torch.get_num_threads()
     try:
-        found = []
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            found.append(everything())
+        with ops.use_backend("cpp"):
+            found = []
+            for n in (1, 2, 5):
+                torch.set_num_threads(n)
+                found.append(everything())
     finally:
         torch.set_num_threads(n_threads)
     for other in found[1:]:
@@ -115,9 +158,26 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
 
 
 @needs_compiler
-def test_an_index_that_is_no_latent_is_refused():
-    counts = torch.ones(1, dtype=torch.int32)
-    for index in (2, 7, -1):
-        codes = Codes(torch.full((1, 1), index, dtype=torch.int32), torch.ones(1, 1), counts)
-        with ops.use_backend("cpp"), pytest.raises(ValueError, match=r"goes up to \d+, but d_sae is 2"):
-            ops.transpose(codes, 2)
+@pytest.mark.parametrize("index", [2, 7, -1])
+def test_an_index_that_is_no_latent_is_refused(index):
+    codes = Codes(
+        torch.full((1, 1), index, dtype=torch.int32), torch.ones(1, 1), torch.ones(1, dtype=torch.int32)
+    )
+    W_dec, zeros = torch.ones(2, 3), torch.zeros(1, 3)
+    with ops.use_backend("cpp"):
+        for run in (
+            lambda: ops.transpose(codes, 2),
+            lambda: ops.decode(codes, W_dec),
+            lambda: ops.decode_loss(codes, W_dec, zeros[0], zeros),
+        ):
+            with pytest.raises(ValueError, match=f"codes.indices has {index}, but d_sae is 2"):
+                run()
+
+
+@needs_compiler
+def test_a_row_that_is_not_there_is_not_moved():
+    x = torch.zeros(4, 3)
+    for rows, slots in (([0, 4], None), ([-1, 0], None), ([0, 1], [0, 4])):
+        places = None if slots is None else torch.tensor(slots)
+        with ops.use_backend("cpp"), pytest.raises(IndexError, match="not one of source's 4"):
+            ops.move_rows(x, torch.tensor(rows), x.clone(), places)

@@ -21,6 +21,7 @@ SIZES = [
     ([90, 1], 90, 17, 36, 2),
     ([3, 9, 12], 20, 19, 4, 2),  # a tail too short: 8 of the last row's latents have no slot
     ([1, 1], 5, 3, 2, 0),
+    ([2, 0, 3] * 43, 7, 5, 3, None),  # more than two blocks of 64 inputs
 ]
 
 

@@ -62,16 +62,22 @@ def test_nan_stays_visible(name, device):
         torch.testing.assert_close(getattr(found, field), value, equal_nan=True)
 
 
-def test_chunks_of_rows(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("fastsae_kernels.dense_jumprelu"), "CHUNK", 30)
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "triton"])
+def test_chunks_of_rows(name, smooth, monkeypatch):
+    """And of columns, whose sums meet again."""
+    module = importlib.import_module("fastsae_kernels.dense_jumprelu")
+    for size, small in {"CHUNK": 30, "CPP_ROWS": 2, "CPP_COLUMNS": 5}.items():
+        monkeypatch.setattr(module, size, small)
 
     def of(f):
         return lambda g, pre, t, slope, norms: f(
-            g, pre, t, bandwidth=1.0, slope=slope, norms=norms, tanh_scale=4.0
+            g, pre, t, bandwidth=1.0, slope=slope if smooth else None, norms=norms, tanh_scale=4.0
         )
 
-    arguments = inputs(7, 13, torch.float32)
-    assert_as_accurate(of(dense_jumprelu_grad), of(dense_jumprelu_grad_ref), arguments, grads=False)
+    with use_backend(name):
+        arguments = inputs(7, 13, torch.float32)
+        assert_as_accurate(of(dense_jumprelu_grad), of(dense_jumprelu_grad_ref), arguments, grads=False)
 
 
 def test_custom_op():

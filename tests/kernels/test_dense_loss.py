@@ -116,11 +116,29 @@ def test_inputs_are_left_alone_but_for_the_gradient(name, device):
     assert not torch.equal(g_acts, before[0]) and torch.equal(acts, before[1])
 
 
-def test_chunks_of_rows(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("fastsae_kernels.dense_loss"), "CHUNK", 30)
-    assert_as_accurate(
-        dense_codes_grad, dense_codes_grad_ref, [randn(7, 13), randn(7, 13, seed=1).relu()], grads=False
-    )
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "triton"])
+def test_chunks_of_rows(name, monkeypatch):
+    """And of columns, whose sums meet again."""
+    module = importlib.import_module("fastsae_kernels.dense_loss")
+    for size, small in {"CHUNK": 30, "CPP_ROWS": 2, "CPP_COLUMNS": 5}.items():
+        monkeypatch.setattr(module, size, small)
+    g_acts, acts = randn(7, 13), randn(7, 13, seed=1).relu()
+    with use_backend(name):
+        assert_as_accurate(dense_codes_grad, dense_codes_grad_ref, [g_acts, acts], grads=False)
+        assert_as_accurate(dense_loss, dense_loss_ref, [g_acts, acts[0], acts], grads=False)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_plays_no_part(default, device):
+    g_acts, acts = randn(5, 9, device=device), randn(5, 9, seed=1, device=device).relu()
+    l1 = torch.tensor(3.0, device=device)
+    expected = dense_codes_grad(g_acts.clone(), acts, l1=l1)
+    torch.set_default_dtype(default)
+    try:
+        found = dense_codes_grad(g_acts, acts, l1=l1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_custom_ops():

@@ -47,10 +47,14 @@ def test_runs_of_slots_and_columns_of_integers(runs, name, device):
     assert torch.equal(out.cpu(), expected) and len(out.cpu()[:, 1].unique()) == len(slots) + 1
 
 
-def test_more_than_a_cache_is_cast_by_pieces(device):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_more_than_a_cache_is_cast_by_pieces(name, device):
+    if name == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter does not round to bf16")
     source, rows = torch.randn(3000, 64, device=device), torch.arange(3000, device=device).flip(0)
     out = torch.empty(3000, 64, dtype=torch.bfloat16, device=device)
-    move_rows(source, rows, out)
+    with use_backend(name):
+        move_rows(source, rows, out)
     assert torch.equal(out, source.flip(0).bfloat16())
 
 

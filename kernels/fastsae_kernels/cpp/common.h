@@ -17,6 +17,7 @@ using std::int32_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
+using std::uint64_t;
 
 struct bf16 {
   uint16_t bits;

@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr int64_t ALL_INSIDE = INT64_MIN;  // as in _cpp.py
+
 struct Codes {
   const int32_t* indices;
   const float* values;
@@ -11,6 +13,14 @@ struct Codes {
 
   float value(int64_t b, int64_t e) const { return values[slots.at(b, e)]; }
   int64_t latent(int64_t b, int64_t e) const { return indices[slots.at(b, e)]; }
+
+  // An index outside of [0, n), or ALL_INSIDE.
+  int64_t outside(int64_t n) const {
+    for (int64_t b = 0; b < slots.batch; ++b)
+      for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e)
+        if (latent(b, e) < 0 || latent(b, e) >= n) return latent(b, e);
+    return ALL_INSIDE;
+  }
 };
 
 template <class T>
@@ -37,14 +47,11 @@ void gathered_dots(Codes codes, const T* W_dec, const float* g, int64_t d, float
   }
 }
 
-// Rows whose g is added up in one row of `g_sums`.
-constexpr int64_t BLOCK = 64;
-
-// x_hat, error, g and g_values of one input while its rows of W_dec are in the cache.
+// x_hat, error, g and g_values of one input while its rows of W_dec are in the cache; g of `block` inputs adds up to a row of g_sums.
 template <class T, class Out>
 void decode_loss(Codes codes, const T* W_dec, const float* b_dec, const float* target, const float* l1,
-                 const float* norms, int64_t d, Out* g, float* g_values, float* mse, float* l1_rows, float* g_sums,
-                 Out* x_hat) {
+                 const float* norms, int64_t d, int64_t block, Out* g, float* g_values, float* mse, float* l1_rows,
+                 float* g_sums, Out* x_hat) {
   const int64_t batch = codes.slots.batch;
   const float scale = 2.0f / batch, l1_scale = l1 ? *l1 / batch : 0;
 #pragma omp parallel
@@ -52,10 +59,10 @@ void decode_loss(Codes codes, const T* W_dec, const float* b_dec, const float* t
     std::vector<float> sums(d);
     float* wide_g = sums.data();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t block = 0; block < (batch + BLOCK - 1) / BLOCK; ++block) {
-      float* g_sum = g_sums + block * d;
+    for (int64_t k = 0; k < (batch + block - 1) / block; ++k) {
+      float* g_sum = g_sums + k * d;
       std::fill_n(g_sum, d, 0.0f);
-      for (int64_t b = block * BLOCK; b < std::min(batch, (block + 1) * BLOCK); ++b) {
+      for (int64_t b = k * block; b < std::min(batch, (k + 1) * block); ++b) {
         const int64_t n = codes.slots.stored(b), at = b * d;
         const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
         std::copy(b_dec, b_dec + d, wide_g);
@@ -86,69 +93,73 @@ void decode_loss(Codes codes, const T* W_dec, const float* b_dec, const float* t
   }
 }
 
-// A counting sort in one thread. -1, or the largest index where one does not lie in [0, n).
-int64_t transpose(const int32_t* indices, Slots slots, int64_t n, int32_t* starts, int32_t* owners, int32_t* places) {
-  int64_t largest = -1;
+// A counting sort in one thread, of indices in [0, n).
+void transpose(Codes codes, int64_t n, int32_t* starts, int32_t* owners, int32_t* places) {
+  const Slots& slots = codes.slots;
   for (int64_t b = 0; b < slots.batch; ++b)
-    for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) {
-      const uint32_t latent = indices[slots.at(b, e)];
-      if (latent >= n)
-        largest = std::max<int64_t>(largest, latent);
-      else
-        ++starts[latent + 1];
-    }
-  if (largest >= 0) return largest;
+    for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) ++starts[codes.latent(b, e) + 1];
   for (int64_t j = 0; j < n; ++j) starts[j + 1] += starts[j];
   std::vector<int32_t> next(starts, starts + n);
   for (int64_t b = 0; b < slots.batch; ++b)
     for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) {
-      const int64_t slot = slots.at(b, e);
-      const int32_t place = next[indices[slot]]++;
+      const int32_t place = next[codes.latent(b, e)]++;
       owners[place] = int32_t(b);
-      places[place] = int32_t(slot);
+      places[place] = int32_t(slots.at(b, e));
     }
-  return -1;
 }
 
 }  // namespace
 
+// All return an index that is not one of W_dec's, with nothing done then, or ALL_INSIDE.
 extern "C" {
 
-void fastsae_decode(int64_t half, const int32_t* indices, const float* values, const int32_t* counts,
-                    const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width, const void* W_dec,
-                    const float* b_dec, int64_t d, void* x_hat) {
+int64_t fastsae_decode(int64_t half, const int32_t* indices, const float* values, const int32_t* counts,
+                       const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width, const void* W_dec,
+                       const float* b_dec, int64_t n, int64_t d, void* x_hat) {
   const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
+  const int64_t outside = codes.outside(n);
+  if (outside != ALL_INSIDE) return outside;
   with_dtype(half, [&](auto t) {
     using T = decltype(t);
     decode(codes, (const T*)W_dec, b_dec, d, (T*)x_hat);
   });
+  return ALL_INSIDE;
 }
 
-void fastsae_gathered_dots(int64_t half, const int32_t* indices, const int32_t* counts, const int32_t* tail_starts,
-                           int64_t batch, int64_t n_rows, int64_t width, const void* W_dec, const float* g, int64_t d,
-                           float* out) {
-  const Codes codes{indices, nullptr, {counts, tail_starts, batch, n_rows, width}};
-  with_dtype(half, [&](auto t) { gathered_dots(codes, (const decltype(t)*)W_dec, g, d, out); });
-}
-
-void fastsae_decode_loss(int64_t half, int64_t half_out, const int32_t* indices, const float* values,
-                         const int32_t* counts, const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width,
-                         const void* W_dec, const float* b_dec, const float* target, const float* l1,
-                         const float* norms, int64_t d, void* g, float* g_values, float* mse, float* l1_rows,
-                         float* g_sums, void* x_hat) {
+int64_t fastsae_gathered_dots(int64_t half, const int32_t* indices, const float* values, const int32_t* counts,
+                              const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width, const void* W_dec,
+                              const float* g, int64_t n, int64_t d, float* out) {
   const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
+  const int64_t outside = codes.outside(n);
+  if (outside != ALL_INSIDE) return outside;
+  with_dtype(half, [&](auto t) { gathered_dots(codes, (const decltype(t)*)W_dec, g, d, out); });
+  return ALL_INSIDE;
+}
+
+int64_t fastsae_decode_loss(int64_t half, int64_t half_out, const int32_t* indices, const float* values,
+                            const int32_t* counts, const int32_t* tail_starts, int64_t batch, int64_t n_rows,
+                            int64_t width, const void* W_dec, const float* b_dec, const float* target, const float* l1,
+                            const float* norms, int64_t n, int64_t d, int64_t block, void* g, float* g_values, float* mse,
+                            float* l1_rows, float* g_sums, void* x_hat) {
+  const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
+  const int64_t outside = codes.outside(n);
+  if (outside != ALL_INSIDE) return outside;
   with_dtype(half, [&](auto t) {
     with_dtype(half_out, [&](auto o) {
       using Out = decltype(o);
-      decode_loss(codes, (const decltype(t)*)W_dec, b_dec, target, l1, norms, d, (Out*)g, g_values, mse, l1_rows,
+      decode_loss(codes, (const decltype(t)*)W_dec, b_dec, target, l1, norms, d, block, (Out*)g, g_values, mse, l1_rows,
                   g_sums, (Out*)x_hat);
     });
   });
+  return ALL_INSIDE;
 }
 
-int64_t fastsae_transpose(const int32_t* indices, const int32_t* counts, const int32_t* tail_starts, int64_t batch,
-                          int64_t n_rows, int64_t width, int64_t n, int32_t* starts, int32_t* owners,
+int64_t fastsae_transpose(const int32_t* indices, const float* values, const int32_t* counts, const int32_t* tail_starts,
+                          int64_t batch, int64_t n_rows, int64_t width, int64_t n, int32_t* starts, int32_t* owners,
                           int32_t* places) {
-  return transpose(indices, {counts, tail_starts, batch, n_rows, width}, n, starts, owners, places);
+  const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
+  const int64_t outside = codes.outside(n);
+  if (outside == ALL_INSIDE) transpose(codes, n, starts, owners, places);
+  return outside;
 }
 }

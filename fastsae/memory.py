@@ -156,9 +156,8 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str
     within = WIDE * batch * n * compute + rows + n * d_out * element + casts + chunks
     auxk = 0.0
     if step.auxk_coefficient and step.k_aux:
-        form = CPP if _in_cpp(step, device_type) else OTHERS
         dead = dead_bytes(shape, step, batch, device_type)
-        auxk = gradients + rows + casts + max(auxk_bytes(shape, step, batch, form), dead)
+        auxk = gradients + rows + casts + max(auxk_bytes(shape, step, batch, device_type), dead)
     projects = shape.decoder_norm == "unit" or step.l1_coefficient is not None or step.l0_loss == "tanh"
     last = max(projects * n * d_out * element, casts + n * d_in * 2 * half)  # W_enc's, before it is widened
     return round(max(within, auxk, gradients + last))
@@ -173,7 +172,7 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
     element = _master_bytes(step)
     compute = 2 if step.precision == "bf16" else element
     rows, auxk = batch * 2 * d_in * element, 0
-    form = CPP if _in_cpp(step, device_type) else OTHERS
+    form = _form(step, device_type)
     decode = batch * (form.decoded * d_out * element + n_codes * form.code)
     select = select_bytes(shape, step, batch, n_codes, device_type)
     if step.auxk_coefficient and step.k_aux:
@@ -181,7 +180,7 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
             2 if shape.activation == "batchtopk" else 1
         )  # codes of all rows are as many as of the fullest
         rows += batch * (d_out * (element + compute) + wide_rows * n_codes * form.taken)
-        auxk = n * (d_in + d_out) * element + auxk_bytes(shape, step, batch, form)
+        auxk = n * (d_in + d_out) * element + auxk_bytes(shape, step, batch, device_type)
         select = max(select, dead_bytes(shape, step, batch, device_type))
         n_codes = max(n_codes, step.k_aux)
     if step.l0_loss == "tanh" and shape.decoder_norm == "free":  # writes its gradients out
@@ -189,9 +188,10 @@ def sparse_bytes(shape: SAEConfig, step: StepConfig, batch: int, *, n_codes: int
     return round(rows + max(select, decode, auxk))
 
 
-def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int, form: Form) -> int:
+def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
     """Codes of dead latents, with what they explain, and what they add to one matrix's gradient."""
     d_in, d_out, element = shape.d_in, shape.d_out or shape.d_in, _master_bytes(step)
+    form = _form(step, device_type)
     assert step.k_aux is not None
     more = shape.d_sae * max(d_in, d_out) * element
     return batch * (step.k_aux * form.taken + form.explained * d_out * element) + more
@@ -221,26 +221,27 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     compute = 2 if half else _master_bytes(step)
     chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     n_groups = -(-n // GROUP)
+    slow = half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
+    in_fp32 = n * shape.d_in * 4 if slow else 0  # W_enc
+    product = min(chunk, CHUNK_ROWS) * n * 4 if slow else 0
     if _in_cpp(step, device_type):
         hits, code = 4 * n_groups, 4 + compute
         if shape.activation == "topk":
             hits = 0
-        elif (
-            shape.activation == "batchtopk"
-        ):  # with maxima; rows as wide as the fullest; and what is sorted, outside of torch's memory
-            hits, code = hits + compute * n_groups, 2 * code + 10
-        slow = half and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
-        in_fp32 = n * (shape.d_in + min(chunk, CHUNK_ROWS)) * 4 if slow else 0
-        return chunk * (n * compute + hits) + batch * n_codes * code + in_fp32
+        if shape.activation == "batchtopk":  # with maxima
+            hits += compute * n_groups
+            code = (
+                2 * code + 10
+            )  # rows are as wide as the fullest; and what is sorted, outside of torch's memory
+        return chunk * (n * compute + hits) + batch * n_codes * code + in_fp32 + product
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
     select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * OTHERS.code)
-    wide = chunk * (n + n_groups) * compute
-    if half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16)):
-        wide += n * shape.d_in * 4
-        select = max(select, min(chunk, CHUNK_ROWS) * n * 4)
-    elif half and device_type == "cpu":
-        select = max(select, min(chunk, WIDE_ROWS) * n * 4)
-    return round(wide + select)
+    wide = min(chunk, WIDE_ROWS) * n * 4 if half and device_type == "cpu" and not slow else 0
+    return round(chunk * (n + n_groups) * compute + in_fp32 + max(select, product, wide))
+
+
+def _form(step: StepConfig, device_type: str) -> Form:
+    return CPP if _in_cpp(step, device_type) else OTHERS
 
 
 def _in_cpp(step: StepConfig, device_type: str) -> bool:

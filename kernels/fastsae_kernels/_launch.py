@@ -78,9 +78,12 @@ def backend_name(device: torch.device | str) -> str:
     return "Triton" if chosen == "triton" else "PyTorch ops"
 
 
-def form(tensor: Tensor, *, triton: Form, cpp: Form, torch: Form) -> Form:
-    """The form of an op that runs for `tensor`."""
-    return {"triton": triton, "cpp": cpp, "torch": torch}[backend(tensor)]
+def form(tensor: Tensor, *others: Tensor, triton: Form, cpp: Form, torch: Form) -> Form:
+    """The form of an op that runs for `tensor`; C++ only where it takes the others too."""
+    chosen = backend(tensor)
+    if chosen == "cpp" and any(backend(other) != "cpp" for other in others):
+        chosen = "torch"
+    return {"triton": triton, "cpp": cpp, "torch": torch}[chosen]
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""The C++ forms of `grad_rows`, `grad_norms` and `update_rows`: what _rows does, a row at a time (cpp/rows.cpp)."""
+"""The C++ forms of `grad_rows`, `grad_norms` and `update_rows`: what _rows does, a row at a time (cpp/rows.cpp).
+
+They run on a CPU, where to look at `scalars` waits for nobody.
+"""
 
 import torch
 from torch import Tensor

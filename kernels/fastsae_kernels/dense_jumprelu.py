@@ -239,7 +239,7 @@ def _dense_jumprelu_cpp(
     tanh_scale: float,
 ) -> Sums:
     """Without a smooth count, whose tanh C++ has no vectors for."""
-    if slope is not None or g_acts.dtype not in _cpp.DTYPES:
+    if slope is not None:
         return _dense_jumprelu_torch(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
     (batch, n), level = pre_acts.shape, _cpp.wide(threshold)
     sums = [level.new_empty(cdiv(batch, CPP_ROWS), n) for _ in range(3)]
@@ -263,7 +263,9 @@ def _dense_jumprelu_grad(
     norms: Tensor | None,
     tanh_scale: float,
 ) -> Sums:
-    own = form(pre_acts, triton=_dense_jumprelu_triton, cpp=_dense_jumprelu_cpp, torch=_dense_jumprelu_torch)
+    own = form(
+        pre_acts, g_acts, triton=_dense_jumprelu_triton, cpp=_dense_jumprelu_cpp, torch=_dense_jumprelu_torch
+    )
     return own(g_acts, pre_acts, threshold, bandwidth, slope, norms, tanh_scale)
 
 

@@ -250,8 +250,6 @@ def _dense_loss_cpp(
 
 
 def _dense_codes_grad_cpp(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
-    if g_acts.dtype not in _cpp.DTYPES:
-        return _dense_codes_grad_torch(g_acts, acts, l1, norms)
     batch, n = acts.shape
     weights = acts.new_ones(n, dtype=torch.float32) if norms is None else _cpp.wide(norms)
     shift = torch.zeros_like(weights) if l1 is None else weights * (l1.float() / max(batch, 1))
@@ -284,7 +282,11 @@ def _(
 @op("dense_codes_grad", mutates_args=("g_acts",))
 def _dense_codes_grad(g_acts: Tensor, acts: Tensor, l1: Tensor | None, norms: Tensor | None) -> Sums:
     own = form(
-        acts, triton=_dense_codes_grad_triton, cpp=_dense_codes_grad_cpp, torch=_dense_codes_grad_torch
+        acts,
+        g_acts,
+        triton=_dense_codes_grad_triton,
+        cpp=_dense_codes_grad_cpp,
+        torch=_dense_codes_grad_torch,
     )
     return own(g_acts, acts, l1, norms)
 

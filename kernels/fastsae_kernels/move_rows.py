@@ -90,9 +90,6 @@ def _move_rows_torch(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | 
 
 
 def _move_rows_cpp(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None) -> None:
-    if out.dtype not in _cpp.DTYPES:
-        _move_rows_torch(source, rows, out, slots)
-        return
     halves = _cpp.is_half(source), _cpp.is_half(out)
     at = None if slots is None else slots.long().contiguous()
     rows = rows.long().contiguous()
@@ -112,7 +109,7 @@ def _gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
 
 @op("move_rows", mutates_args=("out",))
 def _move_rows(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None) -> None:
-    own = form(source, triton=_move_rows_triton, cpp=_move_rows_cpp, torch=_move_rows_torch)
+    own = form(source, out, triton=_move_rows_triton, cpp=_move_rows_cpp, torch=_move_rows_torch)
     own(source, rows, out, slots)
 
 

@@ -108,32 +108,37 @@ void transpose(Codes codes, int64_t n, int32_t* starts, int32_t* owners, int32_t
     }
 }
 
+// run() unless a code names a latent outside of [0, n), which is returned then; else ALL_INSIDE.
+template <class Run>
+int64_t checked(Codes codes, int64_t n, Run run) {
+  const int64_t outside = codes.outside(n);
+  if (outside == ALL_INSIDE) run();
+  return outside;
+}
+
 }  // namespace
 
-// All return an index that is not one of W_dec's, with nothing done then, or ALL_INSIDE.
 extern "C" {
 
 int64_t fastsae_decode(int64_t half, const int32_t* indices, const float* values, const int32_t* counts,
                        const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width, const void* W_dec,
                        const float* b_dec, int64_t n, int64_t d, void* x_hat) {
   const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
-  const int64_t outside = codes.outside(n);
-  if (outside != ALL_INSIDE) return outside;
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    decode(codes, (const T*)W_dec, b_dec, d, (T*)x_hat);
+  return checked(codes, n, [&] {
+    with_dtype(half, [&](auto t) {
+      using T = decltype(t);
+      decode(codes, (const T*)W_dec, b_dec, d, (T*)x_hat);
+    });
   });
-  return ALL_INSIDE;
 }
 
 int64_t fastsae_gathered_dots(int64_t half, const int32_t* indices, const float* values, const int32_t* counts,
                               const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width, const void* W_dec,
                               const float* g, int64_t n, int64_t d, float* out) {
   const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
-  const int64_t outside = codes.outside(n);
-  if (outside != ALL_INSIDE) return outside;
-  with_dtype(half, [&](auto t) { gathered_dots(codes, (const decltype(t)*)W_dec, g, d, out); });
-  return ALL_INSIDE;
+  return checked(codes, n, [&] {
+    with_dtype(half, [&](auto t) { gathered_dots(codes, (const decltype(t)*)W_dec, g, d, out); });
+  });
 }
 
 int64_t fastsae_decode_loss(int64_t half, int64_t half_out, const int32_t* indices, const float* values,
@@ -142,24 +147,21 @@ int64_t fastsae_decode_loss(int64_t half, int64_t half_out, const int32_t* indic
                             const float* norms, int64_t n, int64_t d, int64_t block, void* g, float* g_values, float* mse,
                             float* l1_rows, float* g_sums, void* x_hat) {
   const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
-  const int64_t outside = codes.outside(n);
-  if (outside != ALL_INSIDE) return outside;
-  with_dtype(half, [&](auto t) {
-    with_dtype(half_out, [&](auto o) {
-      using Out = decltype(o);
-      decode_loss(codes, (const decltype(t)*)W_dec, b_dec, target, l1, norms, d, block, (Out*)g, g_values, mse, l1_rows,
-                  g_sums, (Out*)x_hat);
+  return checked(codes, n, [&] {
+    with_dtype(half, [&](auto t) {
+      with_dtype(half_out, [&](auto o) {
+        using Out = decltype(o);
+        decode_loss(codes, (const decltype(t)*)W_dec, b_dec, target, l1, norms, d, block, (Out*)g, g_values, mse, l1_rows,
+                    g_sums, (Out*)x_hat);
+      });
     });
   });
-  return ALL_INSIDE;
 }
 
 int64_t fastsae_transpose(const int32_t* indices, const float* values, const int32_t* counts, const int32_t* tail_starts,
                           int64_t batch, int64_t n_rows, int64_t width, int64_t n, int32_t* starts, int32_t* owners,
                           int32_t* places) {
   const Codes codes{indices, values, {counts, tail_starts, batch, n_rows, width}};
-  const int64_t outside = codes.outside(n);
-  if (outside == ALL_INSIDE) transpose(codes, n, starts, owners, places);
-  return outside;
+  return checked(codes, n, [&] { transpose(codes, n, starts, owners, places); });
 }
 }

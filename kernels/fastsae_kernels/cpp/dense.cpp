@@ -1,5 +1,5 @@
-// The pointwise parts of a dense step. A thread takes `block` rows, of them `strip` columns where all have not got place for their sums in
-// a core's cache; sums over columns are written per block, sums along a row per strip, for the caller to add up.
+// The pointwise parts of a dense step. A thread takes `block` rows at a time, and where they are wide a `strip` of their columns, whose
+// sums fit into a core's cache. Sums over rows are written per block, sums along a row per strip, for the caller to add up.
 
 #include "common.h"
 

@@ -1,13 +1,15 @@
 """What a run costs beside its forwards and its steps: `python -m benches.end_to_end [--device cuda] [--only demo] [--out FILE]`.
 
 Phases of a run (tokens packed and in memory, no validation, no checkpoint, behind the first fill) in turn with as many of the same
-forwards without a ring and as many bare steps on one batch, in one process. Then the forward alone: the bridge as it comes, the bridge
-stopped at the hook point, ours, ours with compiled blocks, and Hugging Face's own module without its head, whole and cut off behind the
-hook point. On a GPU also with the ring in host memory, and twelve SAEs on twelve layers, with the hours that 300M activations for each take.
+forwards without a ring and as many bare steps on one batch, in one process; ratios are medians over rounds of the three. Then the
+forward alone: the bridge as it comes, the bridge stopped at the hook point, ours, ours with compiled blocks, and Hugging Face's own
+module without its head, whole and cut off behind the hook point. On a GPU also with the ring in host memory, and twelve SAEs on twelve
+layers, with the hours that 300M activations for each take.
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -29,7 +31,11 @@ from fastsae.sae import SAE
 from fastsae.source import Source, load_source
 from fastsae.step import TrainStep
 
-PHASES = 5
+MIN_ROUNDS = 5
+SECONDS = {
+    "cpu": 120.0,
+    "cuda": 10.0,
+}  # of rounds per scene, at least: two CPU cores vary by more than what is asked for
 N_TIMED = 9
 WANTED = 300e6  # activations per SAE, for the hours
 
@@ -170,20 +176,24 @@ def phases(scene: Scene, source: Source, device: torch.device) -> dict[str, Any]
 
     phase(), bare_steps()
     times: dict[str, list[float]] = {"phase": [], "forwards": [], "steps": []}
-    for _ in range(PHASES):
+    while len(times["phase"]) < MIN_ROUNDS or sum(map(sum, times.values())) < SECONDS[device.type]:
         n_forwards[0] = 0
         times["phase"].append(seconds(phase, device))
         times["forwards"].append(seconds(bare_forwards, device))
         times["steps"].append(seconds(bare_steps, device))
-    whole, forwards, bare = (statistics.median(times[name]) for name in ("phase", "forwards", "steps"))
+    # within rounds, since the machine's speed drifts from one to the next
+    rounds = list(zip(*times.values(), strict=True))
+    beside = [(p - f) / (s / len(steps)) for p, f, s in rounds]
+    whole, forwards, bare = (statistics.median(took) for took in times.values())
     return {
         **scene._asdict(),
         "n_hooks": len(source.hooks),
         "rows_per_forward": per_forward,
         "first_fill_seconds": first_fill,
         "seconds": times,
-        "over_forwards_and_steps": whole / (forwards + bare),
-        "steps_beside_the_forwards": (whole - forwards) / (bare / len(steps)),
+        "over_forwards_and_steps": statistics.median(p / (f + s) for p, f, s in rounds),
+        "steps_beside_the_forwards": statistics.median(beside),
+        "standard_error": 1.25 * statistics.stdev(beside) / math.sqrt(len(beside)),  # of a median, if normal
         "activations_per_second": {"forward": rows / forwards, "steps": rows / bare, "whole": rows / whole},
         "hours": WANTED / (rows / whole) / 3600,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -282,7 +292,7 @@ def main() -> None:
         report["runs"].append(run)
         print(
             f"{scene.name}: {run['over_forwards_and_steps']:.3f} of forwards and steps,",
-            f"{run['steps_beside_the_forwards']:.2f} steps beside the forwards,",
+            f"{run['steps_beside_the_forwards']:.2f} ± {run['standard_error']:.2f} steps beside the forwards,",
             f"{run['hours']:.3g} hours for {WANTED:.0e} activations each",
             flush=True,
         )

@@ -1,7 +1,7 @@
 """The C++ forms of the ops: `cpp/`, compiled for this machine when they are first wanted, and kept in the user's cache folder.
 
-They need a compiler that knows OpenMP (`$CXX`, else the first of c++, g++ and clang++ that does), and seconds once. What is kept goes by sources, flags
-and all that the compiler defines: its version, and what this CPU can. Without one, or with FASTSAE_CPP=0, the torch forms run.
+They need a compiler that knows OpenMP (`$CXX`, else the first of g++, c++ and clang++ that does), and seconds once. What is kept goes by
+sources, flags and all that the compiler defines: its version, and what this CPU can. Without one, or with FASTSAE_CPP=0, the torch forms run.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +23,10 @@ from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that torch's wheels come with
 DTYPES = (torch.float32, torch.bfloat16, torch.int32)
 """Of tensors that the C++ forms take; ops on others run the torch forms."""
-ALL_INSIDE = -(2**63)  # what the forms that read codes return where every index is in range: cpp/decode.cpp
+DONE, NO_MEMORY = -(2**63), -(2**63) + 1  # what they return: cpp/common.h
 
 _log = logging.getLogger("fastsae_kernels")
 
@@ -42,14 +43,20 @@ def identity() -> str:
     return Path(library._name).stem[:8]
 
 
-def call(name: str, *arguments: Tensor | float | None) -> int:
-    """Run fastsae_<name> with as many threads as torch has; whole numbers, floats, and the addresses of tensors are passed."""
+def call(name: str, *arguments: Tensor | float | None) -> int | None:
+    """Run fastsae_<name> with as many threads as torch has; whole numbers, floats, and the addresses of tensors are passed.
+
+    Returns an index that is out of range, before anything is written; None where there is none.
+    """
     library = _library()
     assert library is not None
     library.fastsae_set_threads(ctypes.c_int64(torch.get_num_threads()))
     function = getattr(library, f"fastsae_{name}")
     function.restype = ctypes.c_int64
-    return int(function(*(_passed(a) for a in arguments)))
+    found = int(function(*(_passed(a) for a in arguments)))
+    if found == NO_MEMORY:
+        raise MemoryError(f"no memory is left for what {name} works with")
+    return None if found == DONE else found
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -81,45 +88,60 @@ def _passed(argument: Tensor | float | None) -> Any:
     return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
-@functools.cache
+def why_not() -> str | None:
+    """Why there are no C++ forms; None where there are."""
+    return _found()[1]
+
+
 def _library() -> ctypes.CDLL | None:
-    why = "there is no C++ compiler"
-    if os.environ.get("FASTSAE_CPP") == "0":
-        why = "FASTSAE_CPP is 0"
-    elif os.name == "posix":
-        own = os.environ.get("CXX")
-        for compiler in [shlex.split(own)] if own else [[name] for name in COMPILERS if shutil.which(name)]:
-            try:
-                return _loaded(compiler)
-            except (OSError, subprocess.CalledProcessError) as error:
-                said = (
-                    (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
-                )
-                why = f"{shlex.join(compiler)} makes none that run: {said}"
-    _log.info(f"cpu: plain torch in place of C++, since {why}")
-    return None
+    return _found()[0]
+
+
+@functools.cache
+def _found() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none: which is a warning where a compiler was there."""
+    asked, own = os.environ.get("FASTSAE_CPP"), os.environ.get("CXX")
+    if asked == "0":
+        return None, "FASTSAE_CPP is 0"
+    if asked != "1" and (os.name != "posix" or sys.platform == "darwin"):
+        # a second OpenMP beside torch's ends the process on macOS
+        return None, "they have not been tried on this system (FASTSAE_CPP=1 does)"
+    why, level = "there is no C++ compiler", logging.INFO
+    for compiler in [own] if own else filter(shutil.which, COMPILERS):
+        try:
+            return _loaded(shlex.split(compiler)), None
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            stderr: bytes | None = getattr(error, "stderr", None)
+            said = stderr.decode(errors="replace") if stderr else str(error)
+            why = f"{compiler} makes none that run: {said.strip()}"
+            level = logging.WARNING
+    _log.log(level, f"cpu: plain torch in place of C++, which is slower, since {why}")
+    return None, why
 
 
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The compiled file, from the cache where it has been compiled before and loads; a folder of this process alone goes again."""
+    """The compiled file: from the cache where it has been compiled before and loads, else made there, or where nobody else can write or
+    the cache cannot be written, in a folder of this process alone, which goes again."""
     # every macro that the compiler defines here
     macros = _output(*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     digest = hashlib.blake2b(shlex.join([*compiler, *FLAGS]).encode() + macros, digest_size=16)
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(source.read_bytes())
-    folder, is_own = _folder()
-    built = folder / f"{digest.hexdigest()}.so"
-    try:
-        if built.exists():
-            try:
-                return ctypes.CDLL(str(built))
-            except OSError:  # torn, or for other libraries: once more
-                pass
-        _build(compiler, built)
-        return ctypes.CDLL(str(built))
-    finally:
-        if is_own:
-            shutil.rmtree(folder, ignore_errors=True)
+    name = f"{digest.hexdigest()}.so"
+    folder = _cache_folder()
+    if folder is not None:
+        try:
+            return ctypes.CDLL(str(folder / name))
+        except OSError:  # not there, torn, or for other libraries
+            pass
+        try:
+            _build(compiler, folder / name)
+            return ctypes.CDLL(str(folder / name))
+        except OSError:  # not to be written, or nothing there may be run
+            pass
+    with tempfile.TemporaryDirectory(prefix="fastsae-") as own:
+        _build(compiler, Path(own) / name)
+        return ctypes.CDLL(str(Path(own) / name))
 
 
 def _build(compiler: list[str], built: Path) -> None:
@@ -138,16 +160,15 @@ def _build(compiler: list[str], built: Path) -> None:
         new.replace(built)
 
 
-def _folder() -> tuple[Path, bool]:
-    """Below the user's cache folder; or one of this process's own (True) where that cannot be written."""
+def _cache_folder() -> Path | None:
+    """Below the user's cache folder, if it is to be had and nobody else can write there."""
     try:
         folder = (Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastsae" / "cpp").expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder, False
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        there = folder.stat()
     except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="fastsae-")), True
+        return None
+    return folder if there.st_uid == os.geteuid() and not there.st_mode & 0o022 else None
 
 
 def _output(*command: str) -> bytes:

@@ -89,7 +89,7 @@ def form(tensor: Tensor, *others: Tensor, triton: Form, cpp: Form, torch: Form) 
 @functools.cache
 def _backend(device: torch.device) -> Backend:
     if device.type != "cuda":
-        if device.type != "cpu" or not _cpp.is_available():  # which says why
+        if device.type != "cpu" or not _cpp.is_available():
             return "torch"
         _log.info(f"{device}: C++ forms {_cpp.identity()}")
         return "cpp"
@@ -120,7 +120,7 @@ def use_backend(
     if name not in get_args(Backend):
         raise ValueError(f"backend is {name!r}, but must be one of: {', '.join(get_args(Backend))}")
     if name == "cpp" and not _cpp.is_available():
-        raise ValueError("backend is 'cpp', but its forms cannot be compiled here: the log says why")
+        raise ValueError(f"backend is 'cpp', but its forms cannot be had: {_cpp.why_not()}")
     own = _Forced(name, capability, recorder)
     _forced.append(own)
     try:

@@ -154,11 +154,17 @@ def to_dense(codes: Codes, d_sae: int) -> Tensor:
 
 
 def call_cpp(
-    name: str, *first: int, codes: Codes, rest: tuple[Tensor | float | None, ...], d_sae: int
+    name: str,
+    *first: int,
+    codes: Codes,
+    rest: tuple[Tensor | float | None, ...],
+    d_sae: int,
+    with_values: bool = True,
 ) -> None:
     """Run a C++ form that reads codes. Raises ValueError where one of them names a latent outside of [0, d_sae)."""
     (n_rows, width), batch = codes.indices.shape, len(codes.counts)
-    own = codes.indices, _cpp.wide(codes.values), codes.counts, codes.tail_starts, batch, n_rows, width
+    values = _cpp.wide(codes.values) if with_values else None
+    own = codes.indices, values, codes.counts, codes.tail_starts, batch, n_rows, width
     outside = _cpp.call(name, *first, *own, *rest)
-    if outside != _cpp.ALL_INSIDE:
+    if outside is not None:
         raise ValueError(f"codes.indices has {outside}, but d_sae is {d_sae}")

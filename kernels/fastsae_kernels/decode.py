@@ -225,7 +225,8 @@ def _g_values_torch(codes: Codes, W_dec: Tensor, g: Tensor) -> Tensor:
 def _g_values_cpp(codes: Codes, W_dec: Tensor, g: Tensor) -> Tensor:
     out = torch.zeros_like(codes.values, dtype=torch.float32)  # free slots are never stored
     rest = W_dec, _cpp.wide(g), *W_dec.shape, out
-    call_cpp("gathered_dots", _cpp.is_half(W_dec), codes=codes, rest=rest, d_sae=len(W_dec))
+    half = _cpp.is_half(W_dec)
+    call_cpp("gathered_dots", half, codes=codes, rest=rest, d_sae=len(W_dec), with_values=False)
     return out.to(codes.values.dtype)
 
 
@@ -295,13 +296,13 @@ def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """x_hat = acts @ W_dec + b_dec, one gathered row of W_dec per active latent. Differentiable.
 
     Args:
-        codes: of `batch` inputs. Indices must lie in [0, d_sae) and be different within a row, which is not checked. Values any
-            float dtype; the plain torch form rounds them to W_dec's.
+        codes: of `batch` inputs. Indices must lie in [0, d_sae), which Triton's form does not check, and be different within a
+            row, which none does. Values any float dtype; the plain torch form rounds them to W_dec's.
         W_dec: [d_sae, d_out], contiguous.
         b_dec: [d_out] or None, any float dtype.
     Returns: x_hat [batch, d_out] in W_dec's dtype; sums are kept in fp32. The gradient of W_dec is dense, that of
         codes.values 0 in free slots.
-    Raises: ValueError for a shape, dtype, device or layout that does not fit.
+    Raises: ValueError for a shape, dtype, device, layout or index that does not fit.
     """
     check("W_dec", W_dec, (None, None))
     check_codes(codes, W_dec)

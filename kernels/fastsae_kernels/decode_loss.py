@@ -33,7 +33,7 @@ from fastsae_kernels.decode import bag_sums, gathered_dots, tile_size
 Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]  # of DecodeLoss; x_hat is empty unless it is asked for
-CPP_BLOCK = 64  # rows of a partial sum of g in the C++ form
+CPP_BLOCK = 16  # rows of a partial sum of g in the C++ form
 MAX_ONE_TILE = 128  # slots in a row for which a tile of 64 columns still holds all of its entries
 
 
@@ -362,7 +362,7 @@ def decode_loss(
     Not differentiable: these are the gradients. All sums are kept in fp32 (fp64 where W_dec is).
 
     Args:
-        codes: of `batch` inputs; indices in [0, d_sae), which is not checked; values any float dtype.
+        codes: of `batch` inputs; indices in [0, d_sae), which Triton's form does not check; values any float dtype.
         W_dec: [d_sae, d_out], contiguous.
         b_dec: [d_out], any float dtype.
         target: [batch, d_out], any float dtype.
@@ -379,7 +379,7 @@ def decode_loss(
         g_sum: fp32 [d_out], the column sums of g as stored.
         finite: bool scalar, whether the sum of all mse and l1 is finite.
         x_hat: [batch, d_out], or None.
-    Raises: ValueError for a shape, dtype, device or layout that does not fit.
+    Raises: ValueError for a shape, dtype, device, layout or index that does not fit.
     """
     check("W_dec", W_dec, (None, None))
     check_codes(codes, W_dec)

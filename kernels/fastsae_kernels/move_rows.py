@@ -94,7 +94,8 @@ def _move_rows_cpp(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | No
     at = None if slots is None else slots.long().contiguous()
     rows = rows.long().contiguous()
     (n_source, d), stride = source.shape, source.stride(0)
-    if not _cpp.call("move_rows", *halves, source, n_source, stride, rows, len(rows), d, at, len(out), out):
+    sizes = rows, len(rows), d, at, len(out)
+    if _cpp.call("move_rows", *halves, source, n_source, stride, *sizes, out) is not None:
         raise IndexError(f"a row is not one of source's {n_source}, or a slot not one of out's {len(out)}")
 
 
@@ -118,10 +119,10 @@ def move_rows(source: Tensor, rows: Tensor, out: Tensor, slots: Tensor | None = 
 
     Args:
         source: [m, d], rows contiguous; any float dtype, int32 or int64.
-        rows: [n, int32 or int64], in [0, m), which is not checked.
+        rows: [n, int32 or int64], in [0, m), which Triton's form does not check.
         out: [p, d], contiguous; a float dtype where source has one, else source's own.
-        slots: [n, int32 or int64], in [0, p), which is not checked; each once. n <= p without them.
-    Raises: ValueError for a shape, dtype, device or layout that does not fit.
+        slots: [n, int32 or int64], in [0, p), which Triton's form does not check; each once. n <= p without them.
+    Raises: ValueError for a shape, dtype, device or layout that does not fit, IndexError for a row or slot that is not there.
     """
     check("source", source, (None, None), dtypes=KINDS, contiguous=False)
     if source.stride(1) != 1 and source.shape[1] > 1:

@@ -182,9 +182,10 @@ def _transpose_torch(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _transpose_cpp(codes: Codes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    starts = codes.counts.new_zeros(d_sae + 1)
+    starts = codes.counts.new_empty(d_sae + 1)
     owners, slots = (codes.counts.new_zeros(codes.indices.numel()) for _ in range(2))
-    call_cpp("transpose", codes=codes, rest=(d_sae, starts, owners, slots), d_sae=d_sae)
+    rest = d_sae, starts, owners, slots
+    call_cpp("transpose", codes=codes, rest=rest, d_sae=d_sae, with_values=False)
     return starts, owners, slots
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -26,7 +27,7 @@ def anew(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTSAE_CPP", raising=False)
     monkeypatch.setattr(_cpp, "FLAGS", (*_cpp.FLAGS, "-O0"))  # in a quarter of the time
-    caches = _cpp._library, _backend
+    caches = _cpp._found, _backend
     for cached in caches:
         cached.cache_clear()
     yield tmp_path
@@ -51,10 +52,10 @@ def test_they_are_compiled_once(anew, monkeypatch):
     ran = []
     original = _cpp._output
     monkeypatch.setattr(_cpp, "_output", lambda *command: ran.append(command) or original(*command))
-    _cpp._library.cache_clear()
+    _cpp._found.cache_clear()
     assert _cpp.is_available() and len(ran) == 1, "asked what it defines, and found"
     monkeypatch.setattr(_cpp, "FLAGS", (*_cpp.FLAGS, "-g"))
-    _cpp._library.cache_clear()
+    _cpp._found.cache_clear()
     assert _cpp.is_available() and len(list((anew / "fastsae" / "cpp").iterdir())) == 2, (
         "other flags, other file"
     )
@@ -68,6 +69,23 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_alone(anew, monkeypatch
     assert _cpp.is_available() and not list((anew / "temporary").iterdir()), "nor is anything left"
 
 
+@needs_compiler
+def test_a_folder_that_others_can_write_is_not_used(anew):
+    """What lies there may be somebody else's."""
+    folder = anew / "fastsae" / "cpp"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert _cpp.is_available() and not list(folder.iterdir())
+
+
+@needs_compiler
+def test_a_cache_that_can_only_be_read_is_used(anew, monkeypatch):
+    assert _cpp.is_available()
+    _cpp._found.cache_clear()
+    monkeypatch.setattr(_cpp, "_build", None)
+    assert _cpp.is_available()
+
+
 def test_without_a_compiler_the_torch_forms_run(anew, monkeypatch, caplog):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -77,7 +95,7 @@ def test_without_a_compiler_the_torch_forms_run(anew, monkeypatch, caplog):
     assert backend(torch.ones(1)) == "torch" and ops.backend_name("cpu") == "PyTorch ops"
     assert ops.select_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).indices.tolist() == [[1, 2]]
     with (
-        pytest.raises(ValueError, match="'cpp', but its forms cannot be compiled here"),
+        pytest.raises(ValueError, match=r"'cpp', but its forms cannot be had: there is no C\+\+ compiler"),
         ops.use_backend("cpp"),
     ):
         pass
@@ -98,10 +116,21 @@ def test_the_next_compiler_is_tried(anew, monkeypatch, caplog):
     monkeypatch.setattr(_cpp, "_output", without_openmp)
     assert _cpp.is_available() == (len({*ran}) > 1), "with a second one only"
     monkeypatch.setenv("CXX", f"{_cpp.COMPILERS[0]} -pipe")
-    _cpp._library.cache_clear()
-    with caplog.at_level(logging.INFO, "fastsae_kernels"):
+    _cpp._found.cache_clear()
+    with caplog.at_level(logging.WARNING, "fastsae_kernels"):
         assert not _cpp.is_available()
-    assert "makes none that run: unsupported option -fopenmp" in caplog.text
+    assert "makes none that run: unsupported option -fopenmp" in caplog.text, "said without being asked"
+
+
+def test_a_compiler_that_cannot_be_understood_is_said(anew, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "g++ '-pipe")
+    assert not _cpp.is_available()
+    assert "g++ '-pipe makes none that run: No closing quotation" in caplog.text
+
+
+def test_they_are_for_systems_on_which_they_were_tried(anew, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not _cpp.is_available() and "FASTSAE_CPP=1" in str(_cpp.why_not())
 
 
 @needs_compiler
@@ -112,7 +141,7 @@ def test_a_torn_file_is_made_again(anew, monkeypatch):
     elsewhere.parent.mkdir(parents=True)
     elsewhere.write_bytes(b"torn")
     monkeypatch.setenv("XDG_CACHE_HOME", str(anew / "elsewhere"))
-    _cpp._library.cache_clear()
+    _cpp._found.cache_clear()
     assert _cpp.is_available() and elsewhere.stat().st_size > 1000
 
 
@@ -142,7 +171,18 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype):
         norms = ops.grad_norms(t, codes.values, out.g)
         few = [*codes[:3], *ops.select_topk(pre_acts, 7)[:3], *batchtopk[:3], least, *out[:5], *t[:5]]
         many = [*ops.grad_rows(t, codes.values, out.g), *norms, *dense, *jump, moved, *kept]
-        return [*few, *many, ops.decode(codes, W_dec), *ops.dense_loss(target.to(dtype), b_dec, target)]
+        paged = ops.select_threshold(pre_acts, width=64, n_tail=None)
+        signed = ops.select_topk(pre_acts, 7, positive=False)
+        values = paged.values.clone().requires_grad_()
+        ops.decode(paged._replace(values=values), W_dec).float().square().sum().backward()
+        more = [*paged, *signed[:3], values.grad, *ops.transpose(paged, 1100)[:5]]
+        return [
+            *few,
+            *many,
+            *more,
+            ops.decode(codes, W_dec),
+            *ops.dense_loss(target.to(dtype), b_dec, target),
+        ]
 
     n_threads = torch.get_num_threads()
     try:
@@ -151,6 +191,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype):
             for n in (1, 2, 5):
                 torch.set_num_threads(n)
                 found.append(everything())
+                assert torch.get_num_threads() == n, "which they leave as it is"
     finally:
         torch.set_num_threads(n_threads)
     for other in found[1:]:
@@ -172,6 +213,34 @@ def test_an_index_that_is_no_latent_is_refused(index):
         ):
             with pytest.raises(ValueError, match=f"codes.indices has {index}, but d_sae is 2"):
                 run()
+
+
+@needs_compiler
+def test_an_index_is_found_wherever_it_stands():
+    """In a later row and on a tail row; what lies in free slots does not count."""
+    pre_acts = torch.randn(40, 70, generator=torch.Generator().manual_seed(0))
+    codes = ops.select_threshold(pre_acts, width=8, n_tail=None)
+    W_dec = torch.ones(70, 3)
+    assert codes.indices.shape[0] > 40
+    free = codes._replace(indices=codes.indices.clone())
+    free.indices[0, int(codes.counts[0]) :] = 99
+    with ops.use_backend("cpp"):
+        expected = ops.decode(codes, W_dec)
+        assert torch.equal(ops.decode(free, W_dec), expected)
+        for place in ((39, 0), (40, 0)):
+            bad = codes._replace(indices=codes.indices.clone())
+            bad.indices[place] = 70
+            for run in (lambda c=bad: ops.transpose(c, 70), lambda c=bad: ops.decode(c, W_dec)):
+                with pytest.raises(ValueError, match=r"codes.indices has 70, but d_sae is 70"):
+                    run()
+
+
+@needs_compiler
+def test_no_memory_is_an_error_of_python():
+    """Not the end of the process: room for one row's latents that cannot be had."""
+    with pytest.raises(MemoryError, match="what select_topk works with"):
+        x = torch.ones(1)
+        _cpp.call("select_topk", False, x, 0, 2**60, 1, True, x, x, x)
 
 
 @needs_compiler

@@ -1,17 +1,23 @@
 // What the C++ forms of the ops share. They run on a CPU and compute what the torch forms do, in one pass each; _cpp.py compiles
 // and calls them, and the modules of the ops say what each argument is.
 //
-// A row is one thread's work and its sums are added in a fixed order: the bits do not depend on the number of threads. NaN is never
-// compared away: tests are written so that it passes them, and no flag of the compiler may assume that there is none.
+// A sum is one thread's work, or is added up from parts whose sizes follow from the shapes: the bits do not depend on the number of
+// threads. NaN is never compared away: tests are written so that it passes them, and no flag of the compiler may assume that there is
+// none.
 
 #pragma once
+
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 using std::int32_t;
@@ -45,6 +51,31 @@ inline T rounded(float x) {
     return {uint16_t(size > 0x7F800000 ? 0x7FC0 : nearest)};
   }
 }
+
+// What the functions that Python calls return, as in _cpp.py: DONE, NO_MEMORY, or an index that is out of range.
+constexpr int64_t DONE = INT64_MIN, NO_MEMORY = INT64_MIN + 1;
+
+template <class Run>
+inline int64_t guarded(Run run) {
+  try {
+    run();
+    return DONE;
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+}
+
+// Room for n numbers of every thread, made before they start: what is thrown among them would end the process.
+template <class T>
+class Room {
+ public:
+  explicit Room(int64_t n) : n_((n + 63) / 64 * 64), all_(new T[omp_get_max_threads() * n_]) {}
+  T* own() const { return all_.get() + omp_get_thread_num() * n_; }
+
+ private:
+  int64_t n_;
+  std::unique_ptr<T[]> all_;
+};
 
 // run(T{}) for the dtype that the caller has.
 template <class Run>

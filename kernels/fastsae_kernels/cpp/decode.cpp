@@ -4,37 +4,35 @@
 
 namespace {
 
-constexpr int64_t ALL_INSIDE = INT64_MIN;  // as in _cpp.py
-
 struct Codes {
   const int32_t* indices;
-  const float* values;
+  const float* values;  // null where they play no part
   Slots slots;
 
   float value(int64_t b, int64_t e) const { return values[slots.at(b, e)]; }
   int64_t latent(int64_t b, int64_t e) const { return indices[slots.at(b, e)]; }
 
-  // An index outside of [0, n), or ALL_INSIDE.
+  // The first index outside of [0, n), or DONE.
   int64_t outside(int64_t n) const {
+    int64_t first = INT64_MAX;
+#pragma omp parallel for schedule(static) reduction(min : first)
     for (int64_t b = 0; b < slots.batch; ++b)
       for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e)
-        if (latent(b, e) < 0 || latent(b, e) >= n) return latent(b, e);
-    return ALL_INSIDE;
+        if (latent(b, e) < 0 || latent(b, e) >= n) first = std::min(first, slots.at(b, e));
+    return first == INT64_MAX ? DONE : indices[first];
   }
 };
 
 template <class T>
 void decode(Codes codes, const T* W_dec, const float* b_dec, int64_t d, T* x_hat) {
-#pragma omp parallel
-  {
-    std::vector<float> sums(d);
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t b = 0; b < codes.slots.batch; ++b) {
-      b_dec ? std::copy(b_dec, b_dec + d, sums.begin()) : std::fill_n(sums.begin(), d, 0.0f);
-      const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
-      add_rows(sums.data(), d, codes.slots.stored(b), row, [&](int64_t e) { return codes.value(b, e); });
-      for (int64_t i = 0; i < d; ++i) x_hat[b * d + i] = rounded<T>(sums[i]);
-    }
+  const Room<float> room(d);
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t b = 0; b < codes.slots.batch; ++b) {
+    float* sums = room.own();
+    b_dec ? std::copy_n(b_dec, d, sums) : std::fill_n(sums, d, 0.0f);
+    const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
+    add_rows(sums, d, codes.slots.stored(b), row, [&](int64_t e) { return codes.value(b, e); });
+    for (int64_t i = 0; i < d; ++i) x_hat[b * d + i] = rounded<T>(sums[i]);
   }
 }
 
@@ -54,66 +52,71 @@ void decode_loss(Codes codes, const T* W_dec, const float* b_dec, const float* t
                  float* g_sums, Out* x_hat) {
   const int64_t batch = codes.slots.batch;
   const float scale = 2.0f / batch, l1_scale = l1 ? *l1 / batch : 0;
-#pragma omp parallel
-  {
-    std::vector<float> sums(d);
-    float* wide_g = sums.data();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t k = 0; k < (batch + block - 1) / block; ++k) {
-      float* g_sum = g_sums + k * d;
-      std::fill_n(g_sum, d, 0.0f);
-      for (int64_t b = k * block; b < std::min(batch, (k + 1) * block); ++b) {
-        const int64_t n = codes.slots.stored(b), at = b * d;
-        const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
-        std::copy(b_dec, b_dec + d, wide_g);
-        add_rows(wide_g, d, n, row, [&](int64_t e) { return codes.value(b, e); });
-        if (x_hat)
-          for (int64_t i = 0; i < d; ++i) x_hat[at + i] = rounded<Out>(wide_g[i]);
-        float squares = 0;
+  const Room<float> room(d);
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t k = 0; k < (batch + block - 1) / block; ++k) {
+    float *g_sum = g_sums + k * d, *wide_g = room.own();
+    std::fill_n(g_sum, d, 0.0f);
+    for (int64_t b = k * block; b < std::min(batch, (k + 1) * block); ++b) {
+      const int64_t n = codes.slots.stored(b), at = b * d;
+      const auto row = [&](int64_t e) { return W_dec + codes.latent(b, e) * d; };
+      std::copy_n(b_dec, d, wide_g);
+      add_rows(wide_g, d, n, row, [&](int64_t e) { return codes.value(b, e); });
+      if (x_hat)
+        for (int64_t i = 0; i < d; ++i) x_hat[at + i] = rounded<Out>(wide_g[i]);
+      float squares = 0;
 #pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < d; ++i) {
-          const float error = wide_g[i] - target[at + i];
-          squares += error * error;
-          wide_g[i] = error * scale;
-        }
-        mse[b] = squares;
-#pragma omp simd
-        for (int64_t i = 0; i < d; ++i) {
-          g[at + i] = rounded<Out>(wide_g[i]);
-          g_sum[i] += wide(g[at + i]);
-        }
-        l1_rows[b] = 0;
-        each_dot(wide_g, d, n, row, [&](int64_t e, float sum) {
-          const float value = codes.value(b, e), norm = norms ? norms[codes.latent(b, e)] : 1;
-          if (!(value < 0)) l1_rows[b] += value * norm;
-          g_values[codes.slots.at(b, e)] = l1 && value > 0 ? sum + l1_scale * norm : sum;
-        });
+      for (int64_t i = 0; i < d; ++i) {
+        const float error = wide_g[i] - target[at + i];
+        squares += error * error;
+        wide_g[i] = error * scale;
       }
+      mse[b] = squares;
+#pragma omp simd
+      for (int64_t i = 0; i < d; ++i) {
+        g[at + i] = rounded<Out>(wide_g[i]);
+        g_sum[i] += wide(g[at + i]);
+      }
+      l1_rows[b] = 0;
+      each_dot(wide_g, d, n, row, [&](int64_t e, float sum) {
+        const float value = codes.value(b, e), norm = norms ? norms[codes.latent(b, e)] : 1;
+        if (!(value < 0)) l1_rows[b] += value * norm;
+        g_values[codes.slots.at(b, e)] = l1 && value > 0 ? sum + l1_scale * norm : sum;
+      });
     }
   }
 }
 
-// A counting sort in one thread, of indices in [0, n).
+// A counting sort of indices in [0, n): parts of the batch count their own, and go to places behind those of the parts before.
 void transpose(Codes codes, int64_t n, int32_t* starts, int32_t* owners, int32_t* places) {
   const Slots& slots = codes.slots;
-  for (int64_t b = 0; b < slots.batch; ++b)
-    for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) ++starts[codes.latent(b, e) + 1];
-  for (int64_t j = 0; j < n; ++j) starts[j + 1] += starts[j];
-  std::vector<int32_t> next(starts, starts + n);
-  for (int64_t b = 0; b < slots.batch; ++b)
-    for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) {
-      const int32_t place = next[codes.latent(b, e)]++;
-      owners[place] = int32_t(b);
-      places[place] = int32_t(slots.at(b, e));
-    }
+  const int64_t n_parts = std::max<int64_t>(std::min<int64_t>(omp_get_max_threads(), slots.batch * slots.width / n), 1);
+  std::vector<int32_t> next(n_parts * n);  // per part and latent: how many there are, then where the next one goes
+  const auto each = [&](int64_t part, auto visit) {
+    for (int64_t b = slots.batch * part / n_parts; b < slots.batch * (part + 1) / n_parts; ++b)
+      for (int64_t e = 0, stored = slots.stored(b); e < stored; ++e) visit(b, e, next[part * n + codes.latent(b, e)]);
+  };
+#pragma omp parallel for schedule(static)
+  for (int64_t part = 0; part < n_parts; ++part) each(part, [](int64_t, int64_t, int32_t& count) { ++count; });
+  int32_t place = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    starts[j] = place;
+    for (int64_t part = 0; part < n_parts; ++part) place += std::exchange(next[part * n + j], place);
+  }
+  starts[n] = place;
+#pragma omp parallel for schedule(static)
+  for (int64_t part = 0; part < n_parts; ++part)
+    each(part, [&](int64_t b, int64_t e, int32_t& at) {
+      owners[at] = int32_t(b);
+      places[at++] = int32_t(slots.at(b, e));
+    });
 }
 
-// run() unless a code names a latent outside of [0, n), which is returned then; else ALL_INSIDE.
+// run() unless a code names a latent outside of [0, n), which is returned then.
 template <class Run>
 int64_t checked(Codes codes, int64_t n, Run run) {
   const int64_t outside = codes.outside(n);
-  if (outside == ALL_INSIDE) run();
-  return outside;
+  return outside == DONE ? guarded(run) : outside;
 }
 
 }  // namespace

@@ -96,37 +96,43 @@ void dense_jumprelu_grad(G* g_acts, const T* pre_acts, const float* threshold, c
 
 extern "C" {
 
-void fastsae_dense_loss(int64_t half, int64_t half_target, int64_t half_out, const void* decoded, const float* b_dec,
-                        const void* target, int64_t batch, int64_t d, int64_t block, void* g, float* mse, float* g_sums) {
-  with_dtype(half, [&](auto t) {
-    with_dtype(half_target, [&](auto w) {
-      with_dtype(half_out, [&](auto o) {
-        dense_loss((const decltype(t)*)decoded, b_dec, (const decltype(w)*)target, batch, d, block, (decltype(o)*)g, mse,
-                   g_sums);
+int64_t fastsae_dense_loss(int64_t half, int64_t half_target, int64_t half_out, const void* decoded, const float* b_dec,
+                           const void* target, int64_t batch, int64_t d, int64_t block, void* g, float* mse, float* g_sums) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      with_dtype(half_target, [&](auto w) {
+        with_dtype(half_out, [&](auto o) {
+          dense_loss((const decltype(t)*)decoded, b_dec, (const decltype(w)*)target, batch, d, block, (decltype(o)*)g, mse,
+                     g_sums);
+        });
       });
     });
   });
 }
 
-void fastsae_dense_codes_grad(int64_t half_g, int64_t half, void* g_acts, const void* acts, int64_t batch, int64_t n,
-                              int64_t block, int64_t strip, const float* shift, const float* weights, float* l1_parts,
-                              float* acts_sums, float* g_sums, int32_t* n_fired) {
-  with_dtype(half_g, [&](auto o) {
-    with_dtype(half, [&](auto t) {
-      dense_codes_grad((decltype(o)*)g_acts, (const decltype(t)*)acts, batch, n, block, strip, shift, weights, l1_parts,
-                       acts_sums, g_sums, n_fired);
+int64_t fastsae_dense_codes_grad(int64_t half_g, int64_t half, void* g_acts, const void* acts, int64_t batch, int64_t n,
+                                 int64_t block, int64_t strip, const float* shift, const float* weights, float* l1_parts,
+                                 float* acts_sums, float* g_sums, int32_t* n_fired) {
+  return guarded([&] {
+    with_dtype(half_g, [&](auto o) {
+      with_dtype(half, [&](auto t) {
+        dense_codes_grad((decltype(o)*)g_acts, (const decltype(t)*)acts, batch, n, block, strip, shift, weights, l1_parts,
+                         acts_sums, g_sums, n_fired);
+      });
     });
   });
 }
 
-void fastsae_dense_jumprelu_grad(int64_t half_g, int64_t half, void* g_acts, const void* pre_acts, const float* threshold,
-                                 const float* low, const float* high, int64_t batch, int64_t n, int64_t block, int64_t strip,
-                                 int32_t* n_fired, int32_t* n_above, int32_t* n_in_band, float* g_in_band, float* g_sum,
-                                 float* acts_sum) {
-  with_dtype(half_g, [&](auto o) {
-    with_dtype(half, [&](auto t) {
-      dense_jumprelu_grad((decltype(o)*)g_acts, (const decltype(t)*)pre_acts, threshold, low, high, batch, n, block, strip,
-                          n_fired, n_above, n_in_band, g_in_band, g_sum, acts_sum);
+int64_t fastsae_dense_jumprelu_grad(int64_t half_g, int64_t half, void* g_acts, const void* pre_acts, const float* threshold,
+                                    const float* low, const float* high, int64_t batch, int64_t n, int64_t block,
+                                    int64_t strip, int32_t* n_fired, int32_t* n_above, int32_t* n_in_band, float* g_in_band,
+                                    float* g_sum, float* acts_sum) {
+  return guarded([&] {
+    with_dtype(half_g, [&](auto o) {
+      with_dtype(half, [&](auto t) {
+        dense_jumprelu_grad((decltype(o)*)g_acts, (const decltype(t)*)pre_acts, threshold, low, high, batch, n, block, strip,
+                            n_fired, n_above, n_in_band, g_in_band, g_sum, acts_sum);
+      });
     });
   });
 }

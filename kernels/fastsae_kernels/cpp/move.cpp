@@ -20,16 +20,20 @@ void move_rows(const In* source, int64_t stride, const int64_t* rows, int64_t n,
 
 }  // namespace
 
-// Whether all rows and slots were there; else nothing has been moved.
+// A row or slot that is not there, or DONE; nothing has been moved then.
 extern "C" int64_t fastsae_move_rows(int64_t half, int64_t half_out, const void* source, int64_t n_source, int64_t stride,
                                      const int64_t* rows, int64_t n, int64_t d, const int64_t* slots, int64_t n_out,
                                      void* out) {
-  for (int64_t i = 0; i < n; ++i)
-    if (uint64_t(rows[i]) >= uint64_t(n_source) || uint64_t(slots ? slots[i] : i) >= uint64_t(n_out)) return false;
-  with_dtype(half, [&](auto in) {
-    with_dtype(half_out, [&](auto o) {
-      move_rows((const decltype(in)*)source, stride, rows, n, d, slots, (decltype(o)*)out);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t slot = slots ? slots[i] : i;
+    if (uint64_t(rows[i]) >= uint64_t(n_source)) return rows[i];
+    if (uint64_t(slot) >= uint64_t(n_out)) return slot;
+  }
+  return guarded([&] {
+    with_dtype(half, [&](auto in) {
+      with_dtype(half_out, [&](auto o) {
+        move_rows((const decltype(in)*)source, stride, rows, n, d, slots, (decltype(o)*)out);
+      });
     });
   });
-  return true;
 }

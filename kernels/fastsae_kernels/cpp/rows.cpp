@@ -47,14 +47,12 @@ void grad_rows(Gradient<T> gradient, int64_t n, float* g_W, float* g_b) {
 
 template <class T>
 void grad_norms(Gradient<T> gradient, int64_t n, float* squares, float* g_b) {
-#pragma omp parallel
-  {
-    std::vector<float> g(gradient.d);
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t j = 0; j < n; ++j) {
-      g_b[j] = gradient.row(j, 1, g.data());
-      squares[j] = dot(g.data(), g.data(), gradient.d);
-    }
+  const Room<float> room(gradient.d);
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t j = 0; j < n; ++j) {
+    float* g = room.own();
+    g_b[j] = gradient.row(j, 1, g);
+    squares[j] = dot(g, g, gradient.d);
   }
 }
 
@@ -95,32 +93,29 @@ template <class T, class M>
 void update_rows(Gradient<T> gradient, int64_t n, Adam adam, float grad_scale, float* W, M* m, float* v, bf16* shadow,
                  bool renormalise, Bias bias, int32_t* behind) {
   const int64_t d = gradient.d;
-#pragma omp parallel
-  {
-    std::vector<float> g(d);
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t j = 0; j < n; ++j) {
-      float decay = 1;
-      if (behind) {
-        if (gradient.is_empty(j)) {
-          ++behind[j];
-          continue;
-        }
-        decay = std::pow(adam.beta2, float(behind[j]));
-        behind[j] = 0;
+  const Room<float> room(d);
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t j = 0; j < n; ++j) {
+    float decay = 1;
+    if (behind) {
+      if (gradient.is_empty(j)) {
+        ++behind[j];
+        continue;
       }
-      const float sum = gradient.row(j, grad_scale, g.data());
-      float* w = W + j * d;
-      step_row(adam, g.data(), d, decay, w, m ? m + j * d : nullptr, v + j * d);
-      if (renormalise) {
-        const float norm = std::max(std::sqrt(dot(w, w, d)), FLT_MIN);
-#pragma omp simd
-        for (int64_t i = 0; i < d; ++i) w[i] /= norm;
-      }
-      if (shadow)
-        for (int64_t i = 0; i < d; ++i) shadow[j * d + i] = rounded<bf16>(w[i]);
-      if (bias.b) step_row(adam, &sum, 1, decay, bias.b + j, bias.m ? bias.m + j : nullptr, bias.v + j);
+      decay = std::pow(adam.beta2, float(behind[j]));
+      behind[j] = 0;
     }
+    float *g = room.own(), *w = W + j * d;
+    const float sum = gradient.row(j, grad_scale, g);
+    step_row(adam, g, d, decay, w, m ? m + j * d : nullptr, v + j * d);
+    if (renormalise) {
+      const float norm = std::max(std::sqrt(dot(w, w, d)), FLT_MIN);
+#pragma omp simd
+      for (int64_t i = 0; i < d; ++i) w[i] /= norm;
+    }
+    if (shadow)
+      for (int64_t i = 0; i < d; ++i) shadow[j * d + i] = rounded<bf16>(w[i]);
+    if (bias.b) step_row(adam, &sum, 1, decay, bias.b + j, bias.m ? bias.m + j : nullptr, bias.v + j);
   }
 }
 
@@ -128,37 +123,43 @@ void update_rows(Gradient<T> gradient, int64_t n, Adam adam, float grad_scale, f
 
 extern "C" {
 
-void fastsae_grad_rows(int64_t half, const int32_t* starts, const int32_t* owners, const int32_t* slots,
-                       const float* coefficients, const void* source, int64_t n, int64_t d, float* g_W, float* g_b) {
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    grad_rows(Gradient<T>{starts, owners, slots, coefficients, (const T*)source, d, nullptr, 0, false}, n, g_W, g_b);
+int64_t fastsae_grad_rows(int64_t half, const int32_t* starts, const int32_t* owners, const int32_t* slots,
+                          const float* coefficients, const void* source, int64_t n, int64_t d, float* g_W, float* g_b) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      using T = decltype(t);
+      grad_rows(Gradient<T>{starts, owners, slots, coefficients, (const T*)source, d, nullptr, 0, false}, n, g_W, g_b);
+    });
   });
 }
 
-void fastsae_grad_norms(int64_t half, const int32_t* starts, const int32_t* owners, const int32_t* slots,
-                        const float* coefficients, const void* source, int64_t n, int64_t d, const float* W, double l1,
-                        int64_t project, float* squares, float* g_b) {
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    const Gradient<T> gradient{starts, owners, slots, coefficients, (const T*)source, d, W, float(l1), project != 0};
-    grad_norms(gradient, n, squares, g_b);
-  });
-}
-
-void fastsae_update_rows(int64_t half, const int32_t* starts, const int32_t* owners, const int32_t* slots,
-                         const float* coefficients, const void* source, int64_t n, int64_t d, float* W, int64_t half_m,
-                         void* m, float* v, double lr, double c1, double c2, double grad_scale, double l1, double beta1,
-                         double beta2, double eps, bf16* shadow, int64_t project, int64_t renormalise, float* bias,
-                         float* bias_m, float* bias_v, int32_t* behind) {
-  const Adam adam{float(lr / c1), float(std::sqrt(c2)), float(beta1), float(1 - beta1), float(beta2),
-                  float(1 - beta2), float(eps)};
-  with_dtype(half, [&](auto t) {
-    with_dtype(half_m, [&](auto moment) {
+int64_t fastsae_grad_norms(int64_t half, const int32_t* starts, const int32_t* owners, const int32_t* slots,
+                           const float* coefficients, const void* source, int64_t n, int64_t d, const float* W, double l1,
+                           int64_t project, float* squares, float* g_b) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
       using T = decltype(t);
       const Gradient<T> gradient{starts, owners, slots, coefficients, (const T*)source, d, W, float(l1), project != 0};
-      update_rows(gradient, n, adam, float(grad_scale), W, (decltype(moment)*)m, v, shadow, renormalise != 0,
-                  Bias{bias, bias_m, bias_v}, behind);
+      grad_norms(gradient, n, squares, g_b);
+    });
+  });
+}
+
+int64_t fastsae_update_rows(int64_t half, const int32_t* starts, const int32_t* owners, const int32_t* slots,
+                            const float* coefficients, const void* source, int64_t n, int64_t d, float* W, int64_t half_m,
+                            void* m, float* v, double lr, double c1, double c2, double grad_scale, double l1, double beta1,
+                            double beta2, double eps, bf16* shadow, int64_t project, int64_t renormalise, float* bias,
+                            float* bias_m, float* bias_v, int32_t* behind) {
+  const Adam adam{float(lr / c1), float(std::sqrt(c2)), float(beta1), float(1 - beta1), float(beta2),
+                  float(1 - beta2), float(eps)};
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      with_dtype(half_m, [&](auto moment) {
+        using T = decltype(t);
+        const Gradient<T> gradient{starts, owners, slots, coefficients, (const T*)source, d, W, float(l1), project != 0};
+        update_rows(gradient, n, adam, float(grad_scale), W, (decltype(moment)*)m, v, shadow, renormalise != 0,
+                    Bias{bias, bias_m, bias_v}, behind);
+      });
     });
   });
 }

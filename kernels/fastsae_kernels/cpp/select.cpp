@@ -54,7 +54,7 @@ inline uint32_t passing(int64_t g, int64_t n, Passes passes) {
   return mask;
 }
 
-inline int64_t count_from(const std::vector<int32_t>& keys, int64_t n, int32_t bound) {
+inline int64_t count_from(const int32_t* keys, int64_t n, int32_t bound) {
   int32_t count = 0;
 #pragma omp simd reduction(+ : count)
   for (int64_t i = 0; i < n; ++i) count += keys[i] >= bound;
@@ -68,16 +68,21 @@ struct Cut {
   int64_t n_ties;
 };
 
-template <bool SIGNED>
-inline Cut cut(const std::vector<int32_t>& keys, int64_t n, int64_t k) {
-  int64_t low = SIGNED ? LOWEST : 0, high = int64_t(NAN_KEY) + 1;  // k keys reach low, fewer high
-  if (n < k) return {int32_t(low), n};
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2, count = count_from(keys, n, int32_t(middle));
+// Of a T's keys: those of bf16 are multiples of UNIT.
+template <bool SIGNED, class T>
+inline Cut cut(const int32_t* keys, int64_t n, int64_t k) {
+  constexpr int64_t UNIT = std::is_same_v<T, bf16> ? 1 << 16 : 1, FLOOR = SIGNED ? LOWEST : 0;
+  if (n < k) return {int32_t(FLOOR), n};
+  int32_t top = LOWEST;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = std::max(top, keys[i]);
+  int64_t low = FLOOR, high = top + UNIT;  // k keys reach low, fewer high
+  while (high - low > UNIT) {
+    const int64_t middle = low + (high - low) / UNIT / 2 * UNIT, count = count_from(keys, n, int32_t(middle));
     if (count == k) return {int32_t(middle), k};
     (count > k ? low : high) = middle;
   }
-  return {int32_t(low), k - count_from(keys, n, int32_t(low + 1))};
+  return {int32_t(low), k - count_from(keys, n, int32_t(low + UNIT))};
 }
 
 // The bound of the k largest group maxima bounds the k largest values from below: what reaches it is a short list, which is cut
@@ -85,36 +90,34 @@ inline Cut cut(const std::vector<int32_t>& keys, int64_t n, int64_t k) {
 template <bool SIGNED, class T>
 void select_topk(const T* pre_acts, int64_t batch, int64_t n, int64_t k, int32_t* indices, T* values, int32_t* counts) {
   const int64_t n_groups = groups(n);
-#pragma omp parallel
-  {
-    std::vector<int32_t> tops(n_groups), latents(n), keys(n);
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t b = 0; b < batch; ++b) {
-      const T* pre = pre_acts + b * n;
-      for (int64_t g = 0; g < n_groups; ++g) tops[g] = top_key<SIGNED>(pre, g, n);
-      const int32_t floor = SIGNED ? LOWEST : 1;  // what is not positive is not selected
-      const int32_t bound = std::max(cut<SIGNED>(tops, n_groups, k).bound, floor);
-      int64_t n_found = 0;
-      for (int64_t g = 0; g < n_groups; ++g) {
-        if (tops[g] < bound) continue;
-        uint32_t mask = passing(g, n, [=](int64_t j) { return key_of<SIGNED>(wide(pre[j])) >= bound; });
-        for (; mask; mask &= mask - 1) {
-          latents[n_found] = int32_t(g * GROUP + __builtin_ctz(mask));
-          keys[n_found] = key_of<SIGNED>(wide(pre[latents[n_found]]));
-          ++n_found;
-        }
+  const Room<int32_t> room(n_groups + 2 * n);
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t b = 0; b < batch; ++b) {
+    const T* pre = pre_acts + b * n;
+    int32_t *tops = room.own(), *latents = tops + n_groups, *keys = latents + n;
+    for (int64_t g = 0; g < n_groups; ++g) tops[g] = top_key<SIGNED>(pre, g, n);
+    const int32_t floor = SIGNED ? LOWEST : 1;  // what is not positive is not selected
+    const int32_t bound = std::max(cut<SIGNED, T>(tops, n_groups, k).bound, floor);
+    int64_t n_found = 0;
+    for (int64_t g = 0; g < n_groups; ++g) {
+      if (tops[g] < bound) continue;
+      uint32_t mask = passing(g, n, [=](int64_t j) { return key_of<SIGNED>(wide(pre[j])) >= bound; });
+      for (; mask; mask &= mask - 1) {
+        latents[n_found] = int32_t(g * GROUP + __builtin_ctz(mask));
+        keys[n_found] = key_of<SIGNED>(wide(pre[latents[n_found]]));
+        ++n_found;
       }
-      Cut exact = cut<SIGNED>(keys, n_found, k);
-      int64_t n_taken = 0;
-      for (int64_t e = 0; e < n_found && n_taken < k; ++e) {
-        if (keys[e] < exact.bound || (keys[e] == exact.bound && exact.n_ties-- <= 0)) continue;
-        indices[b * k + n_taken] = latents[e];
-        values[b * k + n_taken++] = pre[latents[e]];
-      }
-      counts[b] = int32_t(n_taken);
-      std::fill(indices + b * k + n_taken, indices + (b + 1) * k, 0);
-      std::fill(values + b * k + n_taken, values + (b + 1) * k, T{});
     }
+    Cut exact = cut<SIGNED, T>(keys, n_found, k);
+    int64_t n_taken = 0;
+    for (int64_t e = 0; e < n_found && n_taken < k; ++e) {
+      if (keys[e] < exact.bound || (keys[e] == exact.bound && exact.n_ties-- <= 0)) continue;
+      indices[b * k + n_taken] = latents[e];
+      values[b * k + n_taken++] = pre[latents[e]];
+    }
+    counts[b] = int32_t(n_taken);
+    std::fill(indices + b * k + n_taken, indices + (b + 1) * k, 0);
+    std::fill(values + b * k + n_taken, values + (b + 1) * k, T{});
   }
 }
 
@@ -149,6 +152,16 @@ void find_above(const T* pre_acts, int64_t batch, int64_t n, const float* lower,
   }
 }
 
+// Whether there was memory for it: what is thrown may not leave a parallel loop.
+inline bool pushed(std::vector<int32_t>& keys, int32_t key) {
+  try {
+    keys.push_back(key);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
 // The k-th largest key; it leaves them in another order.
 inline int32_t kth_largest(std::vector<int32_t>& keys, int64_t k) {
   std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
@@ -174,18 +187,20 @@ float find_largest(const T* pre_acts, const T* group_max, int64_t batch, int64_t
     for (int64_t g = 0, at = b * n_groups; g < n_groups; ++g, ++at)
       hits[at] = group_max ? key_of<false>(wide(group_max[at])) : top_key<false>(pre_acts + b * n, g, n);
   const int32_t bound = std::max(loose_bound(hits, batch * n_groups, wanted), 1);
-  std::vector<std::vector<int32_t>> keys(batch);  // of what reaches it, by row
-#pragma omp parallel for schedule(dynamic, 16)
+  std::vector<std::vector<int32_t>> keys(batch);  // of what reaches it, by row: a second look would find it outside of the cache
+  bool is_full = false;
+#pragma omp parallel for schedule(dynamic, 16) reduction(|| : is_full)
   for (int64_t b = 0; b < batch; ++b) {
     const T* pre = pre_acts + b * n;
     for (int64_t g = 0; g < n_groups; ++g) {
       uint32_t& mask = hits[b * n_groups + g];
       mask = int32_t(mask) < bound ? 0 : passing(g, n, [=](int64_t j) { return key_of<false>(wide(pre[j])) >= bound; });
       for (uint32_t left = mask; left; left &= left - 1)
-        keys[b].push_back(key_of<false>(wide(pre[g * GROUP + __builtin_ctz(left)])));
+        is_full |= !pushed(keys[b], key_of<false>(wide(pre[g * GROUP + __builtin_ctz(left)])));
     }
     counts[b] = int32_t(keys[b].size());
   }
+  if (is_full) throw std::bad_alloc();
   std::vector<int32_t> all;
   for (const auto& row : keys) all.insert(all.end(), row.begin(), row.end());
   if (all.empty()) return 0;
@@ -226,42 +241,52 @@ void emit(const T* pre_acts, int64_t n, const float* threshold, const uint32_t* 
 
 extern "C" {
 
-void fastsae_group_max(int64_t half, const void* pre_acts, int64_t batch, int64_t n, void* out) {
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    group_max((const T*)pre_acts, batch, n, (T*)out);
+int64_t fastsae_group_max(int64_t half, const void* pre_acts, int64_t batch, int64_t n, void* out) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      using T = decltype(t);
+      group_max((const T*)pre_acts, batch, n, (T*)out);
+    });
   });
 }
 
-void fastsae_select_topk(int64_t half, const void* pre_acts, int64_t batch, int64_t n, int64_t k, int64_t positive,
-                         int32_t* indices, void* values, int32_t* counts) {
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    const auto form = positive ? select_topk<false, T> : select_topk<true, T>;
-    form((const T*)pre_acts, batch, n, k, indices, (T*)values, counts);
+int64_t fastsae_select_topk(int64_t half, const void* pre_acts, int64_t batch, int64_t n, int64_t k, int64_t positive,
+                            int32_t* indices, void* values, int32_t* counts) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      using T = decltype(t);
+      const auto form = positive ? select_topk<false, T> : select_topk<true, T>;
+      form((const T*)pre_acts, batch, n, k, indices, (T*)values, counts);
+    });
   });
 }
 
-void fastsae_find_above(int64_t half, const void* pre_acts, int64_t batch, int64_t n, const float* lower, uint32_t* hits,
-                        int32_t* counts) {
-  with_dtype(half, [&](auto t) { find_above((const decltype(t)*)pre_acts, batch, n, lower, hits, counts); });
-}
-
-void fastsae_find_largest(int64_t half, const void* pre_acts, const void* group_max, int64_t batch, int64_t n,
-                          int64_t wanted, uint32_t* hits, int32_t* counts, float* least) {
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    *least = find_largest((const T*)pre_acts, (const T*)group_max, batch, n, wanted, hits, counts);
+int64_t fastsae_find_above(int64_t half, const void* pre_acts, int64_t batch, int64_t n, const float* lower, uint32_t* hits,
+                           int32_t* counts) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) { find_above((const decltype(t)*)pre_acts, batch, n, lower, hits, counts); });
   });
 }
 
-void fastsae_emit(int64_t half, const void* pre_acts, int64_t n, const float* threshold, const uint32_t* hits,
-                  const int32_t* counts, const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width,
-                  int32_t* indices, void* values) {
+int64_t fastsae_find_largest(int64_t half, const void* pre_acts, const void* group_max, int64_t batch, int64_t n,
+                             int64_t wanted, uint32_t* hits, int32_t* counts, float* least) {
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      using T = decltype(t);
+      *least = find_largest((const T*)pre_acts, (const T*)group_max, batch, n, wanted, hits, counts);
+    });
+  });
+}
+
+int64_t fastsae_emit(int64_t half, const void* pre_acts, int64_t n, const float* threshold, const uint32_t* hits,
+                     const int32_t* counts, const int32_t* tail_starts, int64_t batch, int64_t n_rows, int64_t width,
+                     int32_t* indices, void* values) {
   const Slots slots{counts, tail_starts, batch, n_rows, width};
-  with_dtype(half, [&](auto t) {
-    using T = decltype(t);
-    emit((const T*)pre_acts, n, threshold, hits, slots, indices, (T*)values);
+  return guarded([&] {
+    with_dtype(half, [&](auto t) {
+      using T = decltype(t);
+      emit((const T*)pre_acts, n, threshold, hits, slots, indices, (T*)values);
+    });
   });
 }
 }

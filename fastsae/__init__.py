@@ -9,6 +9,7 @@ from fastsae.activations import Codes
 from fastsae.checkpoint import load, load_all
 from fastsae.config import (
     DataConfig,
+    DeadConfig,
     LogConfig,
     ModelConfig,
     RingConfig,
@@ -22,6 +23,7 @@ from fastsae.config import (
 from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, DataError, FastSAEError, NonFiniteLossError, RunError, SourceError
 from fastsae.evaluate import Validation, evaluate
+from fastsae.init import initialise
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE
 from fastsae.sparse_autoencoder.pipeline import Pipeline
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataError",
+    "DeadConfig",
     "FastSAEError",
     "LogConfig",
     "ModelConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "TrainStep",
     "Validation",
     "evaluate",
+    "initialise",
     "load",
     "load_all",
     "load_config",

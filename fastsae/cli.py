@@ -160,14 +160,20 @@ def train(
             print(to_toml(job.config), flush=True)
             console.print(memory_table(job.mem_bytes))
         return
+    text = job.config.data.activations or job.config.data.dataset
     console.print(
-        f"{job.config.model.name} -> {', '.join(job.saes)} -> {job.run_dir}", highlight=False, soft_wrap=True
+        f"{job.config.model.name} on {text} -> {', '.join(job.saes)} -> {job.run_dir}",
+        highlight=False,
+        soft_wrap=True,
     )
+    sink = ConsoleSink(job.config.n_tokens, console)
     try:
-        result = run(job, [ConsoleSink(job.config.n_tokens, console)])
+        result = run(job, [sink])
     except KeyboardInterrupt:
         print("interrupted at once: nothing more is saved", file=sys.stderr)
         raise typer.Exit(130) from None
+    finally:
+        sink.close()
     console.print(closing_table(result.metrics))
     console.print(
         f"{result.n_tokens:,} activations, SAEs in {result.run_dir}/saes", highlight=False, soft_wrap=True
@@ -229,6 +235,8 @@ def harvest(
         if done.interrupted
         else ""
     )
+    if done.n_rows < resolved.n_tokens and not done.interrupted:
+        left = f"; the dataset ended before {resolved.n_tokens:,}"
     console.print(
         f"{done.n_rows:,} activations per hook point in {done.folder}, {text(done.n_bytes)} to write{left}",
         highlight=False,
@@ -243,7 +251,9 @@ def harvest(
 def _demo(overrides: dict[str, Any]) -> Path:
     from fastsae.demo import config_path
 
-    return config_path(overrides.get("sae", {}).get("activation", "relu"))
+    sae = overrides.get("sae")
+    activation = sae.get("activation") if isinstance(sae, dict) else None
+    return config_path(activation or "relu")
 
 
 @app.command("eval")

@@ -12,13 +12,13 @@ from fastsae.compiled import with_compiled_blocks
 from fastsae.config import RunConfig
 from fastsae.errors import DataError
 from fastsae.interrupt import interruptible
-from fastsae.prepare import facts_of, pick_device
+from fastsae.prepare import check_text, facts_of, pick_device, with_absolute_paths
 from fastsae.resume import mark
 from fastsae.shards import CONTEXTS, MANIFEST, POSITIONS, TOKENS, Shards, Writer
 from fastsae.source import Source, load_source
 from fastsae.tokens import TokenStream, open_tokens
 
-SHARD_BYTES = 2**28
+SHARD_BYTES = 2**28  # with which a shard ends, behind the forward that brings them
 
 
 class Harvested(NamedTuple):
@@ -42,7 +42,8 @@ def harvest(
     Raises: a FastSAEError, in one line, for all that a user can mend: ConfigError for a folder of other activations or too little room on
     the disk, DataError where the dataset ends first and data.on_exhausted is "stop" with nothing written.
     """
-    device = pick_device(config.device)
+    check_text(config, model)
+    device, config = pick_device(config.device), with_absolute_paths(config)
     source = load_source(config.model, device, model)
     source.check_context_size(config.data.context_size)
     wanted = config.model.compile
@@ -63,14 +64,14 @@ def harvest(
         for index in redo:
             shard = writer.manifest["shards"][index]
             collector.go_to(shard["before"])
-            if not _write_one(writer, collector, index, shard["n_rows"]):
+            if not _write_one(writer, collector, index, shard["n_rows"], shard["n_rows"]):
                 return Harvested(folder, writer.n_rows - missing, n_bytes, stop.is_set())
             missing -= shard["n_rows"]
         if writer.next is not None:
             collector.go_to(writer.next)
         while writer.n_rows < config.n_tokens and not stop.is_set():
             index = len(writer.manifest["shards"])
-            if not _write_one(writer, collector, index, min(shard_rows, config.n_tokens - writer.n_rows)):
+            if not _write_one(writer, collector, index, shard_rows, config.n_tokens - writer.n_rows):
                 break
         if writer.n_rows == 0 and not stop.is_set():
             raise DataError("the dataset ended before its first activation; nothing was written")
@@ -90,10 +91,10 @@ def _about(config: RunConfig, source: Source, dtype: torch.dtype) -> dict[str, A
     }
 
 
-def _write_one(writer: Writer, collector: "_Collector", index: int, n_rows: int) -> bool:
+def _write_one(writer: Writer, collector: "_Collector", index: int, enough: int, most: int) -> bool:
     """One shard; False where it was interrupted, or nothing is left."""
     before = collector.where()
-    tensors = collector.collect(n_rows)
+    tensors = collector.collect(enough, most)
     if tensors is None:
         return False
     writer.write(index, tensors, before, collector.where())
@@ -101,7 +102,7 @@ def _write_one(writer: Writer, collector: "_Collector", index: int, n_rows: int)
 
 
 class _Collector:
-    """Rows of whole forwards."""
+    """Rows of whole forwards, but for the last one of all."""
 
     def __init__(
         self,
@@ -123,15 +124,16 @@ class _Collector:
         self.stream.load_state_dict(where["stream"])
         self.n_contexts = where["contexts"]
 
-    def collect(self, n_rows: int) -> dict[str, Tensor] | None:
-        """So many rows, fewer where the tokens end; None where there are none, or an interrupt came first."""
+    def collect(self, enough: int, most: int) -> dict[str, Tensor] | None:
+        """Rows of forwards until there are enough, cut off at `most`; fewer where the tokens end. None where there are none, or an
+        interrupt came first."""
         names = [hook.name for hook in self.source.hooks]
         parts: dict[str, list[Tensor]] = {name: [] for name in (*names, TOKENS, CONTEXTS, POSITIONS)}
         n = 0
-        while n < n_rows and (batch := self.stream.take(self.batch_size)) is not None:
+        while n < min(enough, most) and (batch := self.stream.take(self.batch_size)) is not None:
             if self.stop.is_set():
                 return None
-            rows = batch.keep.flatten().nonzero().squeeze(1)[: n_rows - n]
+            rows = batch.keep.flatten().nonzero().squeeze(1)[: most - n]
             first, self.n_contexts = self.n_contexts, self.n_contexts + len(batch)
             if not len(rows):
                 continue

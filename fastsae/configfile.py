@@ -28,7 +28,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
     if "saes" in data and "saes" in (overrides or {}):
         raise ConfigError(
-            f"several values of a flag make [[saes]], but {path} has [[saes]] of its own; change those"
+            f"saes, or several values of a flag, are given, but {path} has [[saes]] of its own; change those"
         )
     merged = _merge(data, overrides or {})
     _refuse_hidden(merged.get("saes"), overrides or {})
@@ -77,8 +77,12 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_hidden(entries: Any, overrides: Mapping[str, Any]) -> None:
     """An override of [sae] or [step] would do nothing where an entry of [[saes]] sets that field itself."""
     for i, entry in enumerate(entries if isinstance(entries, list) and "saes" not in overrides else []):
-        for section, own in (("sae", entry), ("step", entry.get("step"))):
-            both = set(overrides.get(section, {})) & set(own or {})
+        for section, own in (
+            ("sae", entry),
+            ("step", entry.get("step") if isinstance(entry, dict) else None),
+        ):
+            over = overrides.get(section)
+            both = set(over) & set(own) if isinstance(over, Mapping) and isinstance(own, Mapping) else ()
             if both:
                 field = min(both)
                 raise ConfigError(

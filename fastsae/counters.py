@@ -66,8 +66,8 @@ class Counters:
         bad.copy_(torch.where((bad < 0) & ~out.loss.isfinite(), step.to(bad.dtype), bad))
 
     def read(self, extra: dict[str, Tensor]) -> dict[str, float]:
-        """Means since the last read, and the values of `extra`, in one wait."""
-        sums, x = self.state["counters.sums"], self.state["counters.x"]
+        """Means since the last read, the first step since then whose loss was not finite (or -1), and the values of `extra`, in one wait."""
+        sums, x, bad = (self.state[f"counters.{name}"] for name in ("sums", "x", "first_bad_step"))
         rows = sums[-2].clamp(min=1)
         variance = sums[-1] - x.square().sum() / rows
         mse = sums[self.NAMES.index("mse")]
@@ -76,9 +76,8 @@ class Counters:
             "mse": mse / rows / self.scale**2,
             "fvu": torch.where(variance > 1e-9 * sums[-1], mse / variance, float("nan")),  # nothing varies
             **extra,
-            "first_bad_step": self.state["counters.first_bad_step"],
+            "first_bad_step": bad,
         }
         values = torch.stack([v.to(sums.dtype) for v in figures.values()]).tolist()
-        sums.zero_()
-        x.zero_()
+        sums.zero_(), x.zero_(), bad.fill_(-1)
         return dict(zip(figures, values, strict=True))

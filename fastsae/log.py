@@ -12,6 +12,8 @@ from fastsae.metrics import to_json
 
 Row = Mapping[str, Any]
 
+WANDB_ID_FILE = ".wandb-id"
+
 
 class Sink:
     """Takes everything and does nothing; what a run without outputs writes to."""
@@ -45,15 +47,28 @@ class JsonlSink(Sink):
 
 
 class WandbSink(Sink):
-    """Rows as wandb metrics named <kind>/<figure>/<sae>, with n_tokens as the x axis."""
+    """Rows as wandb metrics named <kind>/<figure>/<sae>, with n_tokens as the x axis.
+
+    A resumed run goes on in wandb's run of the same id, kept in `folder`; what that has from behind the checkpoint stays.
+    """
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any], folder: Path) -> None:
         import wandb
 
+        known = folder / WANDB_ID_FILE
+        own = known.read_text(encoding="utf-8") if known.exists() else None
         try:
-            self._run = wandb.init(project=project, name=name, config=dict(config), dir=str(folder))
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                config=dict(config),
+                dir=str(folder),
+                id=own,
+                resume="allow" if own else None,
+            )
         except wandb.errors.Error as error:
             raise RunError(f"wandb cannot log to {project}: {reason(error)}") from None
+        known.write_text(self._run.id, encoding="utf-8")
         self._run.define_metric("n_tokens")
         self._run.define_metric("*", step_metric="n_tokens")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsae import memory
 from fastsae.calibrate import crossover
-from fastsae.checkpoint import Checkpoint, load_all
+from fastsae.checkpoint import Checkpoint, checkpoints, load_all
 from fastsae.config import DataConfig, ModelConfig, RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
 from fastsae.errors import ConfigError, DataError, RunError, first_line
 from fastsae.resume import check_activations, check_model, check_resumable
@@ -87,19 +87,8 @@ def prepare(
     checkpoint: of the run that the config is of, to go on from. Raises a FastSAEError, in one line, for all that a user can mend.
     """
     device, asked = pick_device(config.device), config
-    config = config.model_copy(
-        update={
-            "device": str(device),
-            "name": config.name or fresh_name(),
-            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
-            "data": config.data.model_copy(
-                update={
-                    "dataset": _absolute(config.data.dataset),
-                    "activations": config.data.activations and config.data.activations.absolute(),
-                    "cache_dir": config.data.cache_dir and config.data.cache_dir.absolute(),
-                }
-            ),
-        }
+    config = with_absolute_paths(config).model_copy(
+        update={"device": str(device), "name": config.name or fresh_name()}
     )
     if checkpoint is None:
         check_run_dir(config)
@@ -125,10 +114,10 @@ def prepare(
         rows = chain([first], rows)
         widths, ring_dtype = {ACTIVATIONS: first.shape[1]}, first.dtype
     else:
+        check_text(asked, model)
         source = load_source(config.model, device, model)
         if model is not None:
-            name = getattr(source.model.cfg, "model_name", None) or source.model_class_name
-            told = config.model.model_copy(update={"name": str(name), "weights": source.weights})
+            told = config.model.model_copy(update={"name": name_of(source), "weights": source.weights})
             config = config.model_copy(update={"model": told})
         if checkpoint is not None:
             check_model(checkpoint, source.model, config.model.name)
@@ -171,9 +160,13 @@ def prepare(
         tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
     if facts is not None:
         for key, sae in saes.items():
-            sae.metadata = _metadata(
-                config, facts, hook_of[key], sae.cfg, steps[key], given=model is not None
-            )
+            what = sae_metadata(config.model.name, config.data, facts, hook_of[key], sae.cfg, steps[key])
+            sae.metadata = {
+                **what,
+                "model_given": model is not None,
+                "n_tokens": config.n_tokens,
+                "seed": config.seed,
+            }
     return Job(
         config,
         device,
@@ -201,6 +194,11 @@ class SourceFacts(NamedTuple):
     weights: str
     separator: bool
     """Whether contexts begin with one."""
+
+
+def name_of(source: Source) -> str:
+    """What a model object says that it is called."""
+    return str(getattr(source.model.cfg, "model_name", None) or source.model_class_name)
 
 
 def facts_of(source: Source) -> SourceFacts:
@@ -261,6 +259,32 @@ def fresh_name() -> str:
     return f"{datetime.now():%Y-%m-%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with the local model and text named without regard to the working folder."""
+    model, data = config.model, config.data
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update={"name": _absolute(model.name)}),
+            "data": data.model_copy(
+                update={
+                    "dataset": _absolute(data.dataset),
+                    "activations": data.activations and data.activations.absolute(),
+                    "cache_dir": data.cache_dir and data.cache_dir.absolute(),
+                }
+            ),
+        }
+    )
+
+
+def check_text(config: RunConfig, model: Any = None) -> None:
+    """Raise ConfigError where a model of the user's would be run on the demo's text because no text was named."""
+    if (model is not None or config.model.name != "demo") and "dataset" not in config.data.model_fields_set:
+        raise ConfigError(
+            'data.dataset is not given; name the text to train on (--dataset; "demo" is the source code of Python\'s '
+            "standard library)"
+        )
+
+
 def _absolute(name: str) -> str:
     """A local path without regard to the working folder; a hub name, or "demo", as it is."""
     return str(Path(name).absolute()) if name != "demo" and Path(name).exists() else name
@@ -271,7 +295,10 @@ def check_run_dir(config: RunConfig) -> None:
     assert config.name is not None
     run_dir = config.runs_dir / config.name
     if run_dir.exists():
-        raise RunError(f"the run {run_dir} exists already; choose another --name, or remove it")
+        mend = "choose another --name, or remove it"
+        if checkpoints(run_dir):
+            mend = f"--resume {run_dir} goes on with it; for a new run {mend}"
+        raise RunError(f"the run {run_dir} exists already; {mend}")
     parent = next(p for p in [config.runs_dir, *config.runs_dir.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise RunError(
@@ -350,29 +377,26 @@ def _resolved(config: RunConfig, built: Iterable[tuple[SAEConfig, StepConfig]]) 
     return config.model_copy(update={"saes": tuple(entries)})
 
 
-def _metadata(
-    config: RunConfig, facts: SourceFacts, hook: str, sae: SAEConfig, step: StepConfig, *, given: bool
+def sae_metadata(
+    model_name: str, data: DataConfig, facts: SourceFacts, hook: str, sae: SAEConfig, step: StepConfig
 ) -> dict[str, Any]:
     """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
     return {
-        "model_name": config.model.name,
+        "model_name": model_name,
         "model_class_name": facts.model_class_name,
         "model_weights": facts.weights,
-        "model_given": given,
         "model_from_pretrained_kwargs": {},
         "hook_name": hook,
         "hook_head_index": None,
-        "context_size": config.data.context_size,
+        "context_size": data.context_size,
         "prepend_bos": facts.separator,
         "seqpos_slice": [None],
-        "dataset_path": config.data.dataset,
-        "exclude_special_tokens": config.data.exclude != "none",
+        "dataset_path": data.dataset,
+        "exclude_special_tokens": data.exclude != "none",
         "sequence_separator_token": "bos" if facts.separator else None,
         "disable_concat_sequences": False,
         "training_architecture": "standard" if sae.activation == "relu" else sae.activation,
         "training_architecture_details": (
             {"l1_coefficient": step.l1_coefficient} if sae.activation == "relu" else {}
         ),
-        "n_tokens": config.n_tokens,
-        "seed": config.seed,
     }

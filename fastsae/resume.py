@@ -14,7 +14,7 @@ from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, RunError
 from fastsae.shards import Shards
 
-FREE = ("name", "runs_dir", "device", "save", "log", "model.compile")
+FREE = ("name", "runs_dir", "device", "save", "log", "model.compile", "ring.placement")
 """Sections, and fields, that another part of the run may have otherwise; of model.compile alone the last bits depend on it."""
 MARKED = 16  # numbers at each end of a parameter
 

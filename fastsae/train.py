@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.checkpoint import CONFIG_FILE, Checkpoint, save_checkpoint, save_final
+from fastsae.checkpoint import Checkpoint, save_checkpoint, save_final
 from fastsae.compiled import with_compiled_blocks
 from fastsae.config import RunConfig
 from fastsae.configfile import to_toml
@@ -44,7 +44,7 @@ class Result:
     n_tokens: int
     """Activations trained on, per SAE."""
     tokens_per_second: float
-    """Over the loop: without set-up, validation and checkpoints."""
+    """Over the first fill and the loop: without loading, initialisation, what a resume brings again, validation and checkpoints."""
     interrupted: bool
 
 
@@ -104,10 +104,12 @@ def run(job: Job, sinks: Sequence[Sink] = ()) -> Result:
                 if job.checkpoint is None:
                     ring.fill(more)
                 elif feeder is not None:
-                    _fill_again(job.checkpoint, ring, feeder, stop)
+                    with clock.stopped():
+                        _fill_again(job.checkpoint, ring, feeder, stop)
             if ring.n_written == 0:
                 raise DataError("the dataset ended before its first activation; nothing was trained")
-            steps = _steps(job, ring)
+            with clock.stopped():
+                steps = _steps(job, ring)
             with outputs(job, sinks) as sink:
                 return _Loop(job, steps, feeder, sink, stop, clock, timeline).run(ring, more)
     finally:
@@ -145,7 +147,7 @@ class _Loop:
     def run(self, ring: RingBuffer, more: Callable[[], bool]) -> Result:
         config, save = self.job.config, self.job.config.save
         batches = ring.batches(more)
-        try:
+        with self.saved_where_it_fails(ring), suppress(InterruptedRun):
             of = "first fill" if self.job.checkpoint is None else "resume"
             self.log("time", "", {"of": of, **self.timeline.read()})
             if self.job.checkpoint is not None:
@@ -167,16 +169,10 @@ class _Loop:
                     break
                 if self.is_to_validate():
                     self.validate()
-        except InterruptedRun:
-            pass
-        except (DataError, RunError) as error:
-            with suppress(FastSAEError):
-                self.checkpoint(ring)
-            last = self.last_checkpoint or "none: nothing could be written"
-            raise type(error)(f"{error}; the run ends, its last checkpoint is {last}") from None
         tokens_per_second = self.speed()
-        self.report()
-        self.checkpoint(ring)
+        with self.saved_where_it_fails(ring):
+            self.report()
+            self.checkpoint(ring)
         for step in self.steps.values():
             step.optimizer.take_average()
         save_final(self.job.run_dir, self.job.saes)
@@ -190,6 +186,17 @@ class _Loop:
         rows = {key: validation.row() for key, validation in self.validations.items()}
         metrics = {key: {**figures, **rows.get(key, {})} for key, figures in self.figures.items()}
         return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
+
+    @contextmanager
+    def saved_where_it_fails(self, ring: RingBuffer) -> Iterator[None]:
+        """A checkpoint before an error ends the run; a step whose loss is not finite has moved nothing, so that the weights are good."""
+        try:
+            yield
+        except (DataError, RunError, NonFiniteLossError) as error:
+            with suppress(FastSAEError):
+                self.checkpoint(ring)
+            last = self.last_checkpoint or "none: nothing good could be written"
+            raise type(error)(f"{error}; the run ends, its last checkpoint is {last}") from None
 
     def go_on(self, checkpoint: Checkpoint) -> None:
         """With what came between the checkpoint and the next batch."""
@@ -224,11 +231,14 @@ class _Loop:
         if self.reported_at == self.n_done:
             return
         self.reported_at = self.n_done
-        for key, step in self.steps.items():
-            row = self.figures[key] = step.read()
-            bad = row.pop("first_bad_step")
-            if bad >= 0:
-                raise self.not_finite(f"the loss of {key} became NaN or infinite at step {bad:.0f}")
+        rows = {key: step.read() for key, step in self.steps.items()}
+        for key, row in rows.items():
+            if (bad := row.pop("first_bad_step")) >= 0:
+                raise NonFiniteLossError(
+                    f"the loss of {key} became NaN or infinite at step {bad:.0f}, which moved nothing; a resume goes on behind it"
+                )
+        for key, row in rows.items():
+            self.figures[key] = row
             self.log("train", key, {**row, "tokens_per_second": self.speed()})
         self.log("time", "", {"of": "the loop", **self.timeline.read()})
 
@@ -259,7 +269,7 @@ class _Loop:
         job = self.job
         for key, sae in job.saes.items():
             if not all(bool(p.isfinite().all()) for p in sae.parameters()):
-                raise self.not_finite(f"the weights of {key} became NaN or infinite by step {self.n_done}")
+                raise NonFiniteLossError(f"the weights of {key} became NaN or infinite by step {self.n_done}")
         self.saved_at = self.n_done
         at = ring.state_dict()
         forwards, tensors = ({}, {}) if self.feeder is None else self.feeder.state_dict(at["fill_number"])
@@ -285,12 +295,6 @@ class _Loop:
                 to_toml(job.config),
                 job.config.save.keep,
             )
-
-    def not_finite(self, what: str) -> NonFiniteLossError:
-        return NonFiniteLossError(
-            f"{what}; last good checkpoint: {self.last_checkpoint or 'none yet'}; "
-            f"config: {self.job.run_dir / CONFIG_FILE}"
-        )
 
     def warn_if_early(self) -> None:
         if self.n_tokens < self.job.config.n_tokens:

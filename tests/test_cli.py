@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import fastsae
 from fastsae import cli
 from fastsae.configfile import to_toml
+from fastsae.report import ConsoleSink
 from tests.tiny_models import gpt2_config, save_model
 
 
@@ -218,6 +220,9 @@ BAD_FLAGS = [
     (["--init-from", "nowhere"], ["nowhere"]),
     (["--name", "a/b"], ["a/b"]),
     (["--set", "data.n_validation_tokens=10000000"], ["validation"]),
+    (["--set", "sae=5"], ["sae", "5"]),
+    (["--set", "step=5"], ["step", "5"]),
+    (["--set", "saes=5"], ["saes", "5"]),
 ]
 
 
@@ -286,6 +291,34 @@ def test_unknown_flags_and_files(monkeypatch, capfd, run):
     monkeypatch.setattr(sys, "argv", ["fastsae", "eval", "nowhere"])
     code, _, err = outcome(capfd)
     assert code == 2 and "nowhere" in error_line(err)
+
+
+@pytest.mark.parametrize(
+    "text, flags",
+    [
+        ("saes = [1]", []),
+        ("saes = [1]", ["--k", "2"]),
+        ('[[saes]]\nk = 4\nactivation = "topk"', ["--set", "step=5"]),
+        ("[[saes]]\nstep = 3", ["--lr", "1"]),
+        (None, ["--set", "sae=5"]),
+    ],
+)
+def test_values_of_a_wrong_kind_are_one_line_too(text, flags, tmp_path, monkeypatch, capfd):
+    file = tmp_path / "odd.toml"
+    file.write_text(text or "")
+    monkeypatch.setattr(sys, "argv", ["fastsae", "train", *([] if text is None else [str(file)]), *flags])
+    code, _, err = outcome(capfd)
+    assert code == 2 and error_line(err) and "Traceback" not in err
+
+
+def test_the_bar_is_stopped_whatever_happens(run, monkeypatch):
+    """Else the terminal has no cursor."""
+    closed, original = [], ConsoleSink.close
+    monkeypatch.setattr(ConsoleSink, "close", lambda self: closed.append(self) or original(self))
+    for error, code in ((fastsae.DataError("x"), 2), (KeyboardInterrupt, 130)):
+        monkeypatch.setattr(sys.modules["fastsae.train"], "_ring", Mock(side_effect=error))
+        assert run()[0] == code
+    assert len({*closed}) == 2
 
 
 def test_a_flag_that_an_entry_would_hide_is_refused(run, tmp_path):

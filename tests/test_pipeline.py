@@ -578,6 +578,7 @@ def test_a_loss_that_is_not_finite_is_found_at_the_latest_at_the_end(made, model
     finally:
         model.reset_hooks()
     assert all(p.isfinite().all() for p in pipeline.autoencoder.parameters())
+    pipeline.run_pipeline(**RUN, max_activations=640)  # and then it goes on
 
 
 def test_334_ctrl_c_between_two_forwards_and_going_on(made, monkeypatch):

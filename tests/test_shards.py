@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,34 @@ def test_rows_are_what_the_hooks_see(folder, config):
     source.forward(tokens, hooks, stop=True)
     for name in HOOKS:
         torch.testing.assert_close(rows[name], seen[name][at], rtol=1e-4, atol=1e-5)
+
+
+def test_a_shard_ends_behind_a_forward(config, tmp_path, monkeypatch):
+    """Whatever its size: nothing that was computed is thrown away, but at the very end."""
+    harvest(config(n_tokens=600), tmp_path / "whole")
+    monkeypatch.setattr(sys.modules["fastsae.collect"], "SHARD_BYTES", 1)
+    told = []
+    harvest(config(n_tokens=600), tmp_path / "small", advance=told.append)
+    forwards = [n for n in told if n]
+    assert [shard.n_rows for shard in Shards(tmp_path / "small").shards] == forwards and len(forwards) > 9
+    small, whole = everything(tmp_path / "small"), everything(tmp_path / "whole")
+    assert len(small[HOOK]) == 600 and all(torch.equal(small[name], rows) for name, rows in whole.items())
+
+
+def test_local_names_mean_the_same_from_every_folder(world, config, tmp_path, monkeypatch):
+    """What was harvested by a relative path is trained on, resumed and validated from anywhere, and by its name."""
+    root = Path(world["text"]).parent
+    monkeypatch.chdir(root)
+    near = {"model": {"name": "model"}, "data": {"dataset": "text.jsonl"}}
+    harvest(config(n_tokens=600, **near), tmp_path / "acts")
+    named = {"dataset": "text.jsonl", "activations": str(tmp_path / "acts")}
+    result = fastsae.train(config(n_tokens=600, save={"checkpoint_every": 128}, data=named))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_run(result.run_dir, fastsae.load_config)[HOOK]["fvu"] < 1
+    from tests.test_resume import copy_of, same, weights
+
+    again = fastsae.resume(copy_of(result.run_dir, checkpoints(result.run_dir)[0], tmp_path))
+    assert same(weights(again), weights(result))
 
 
 def test_an_interrupted_harvest_continues(folder, config, tmp_path, small_shards):
@@ -132,9 +161,10 @@ def test_every_row_is_trained_on_once_in_an_order_of_all_shards(folder):
     feeder = DiskFeeder(store, [HOOK], ring, size=64, seed=1, repeat=False)
     batches = [batch[HOOK].clone() for batch in ring.batches(feeder.forward)]
     drawn, rows = torch.cat(batches), everything(folder)[HOOK]
+    ends = torch.tensor([shard.n_rows for shard in store.shards]).cumsum(0)
     assert Counter(map(bytes, drawn.numpy())) == Counter(map(bytes, rows.numpy()))
     where = torch.cdist(drawn, rows, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    shard_of = where // 304
+    shard_of = torch.bucketize(where, ends, right=True)
     assert all(len(shard_of[i : i + 50].unique()) >= 3 for i in range(0, 1500, 50)), (
         "a batch is of many shards"
     )
@@ -289,7 +319,12 @@ def test_the_command_line(world, config, tmp_path, monkeypatch, capsys):
         "harvest", "--out", folder, "--model", world["model"], "--hook", HOOK, *data, "--n-tokens", 1500,
         "--set", "data.n_validation_tokens=300", "--set", f"data.cache_dir={world['cache']}", "--device", "cpu",
     )  # fmt: skip
-    assert code == 0 and "1,500 activations" in out.out, out.err
+    assert code == 0 and "1,500 activations" in out.out and "ended" not in out.out, out.err
+    code, out = run(
+        "harvest", "--out", tmp_path / "all", "--model", world["model"], "--hook", HOOK, *data, "--n-tokens", 10**6,
+        "--set", "data.n_validation_tokens=300", "--set", f"data.cache_dir={world['cache']}", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "the dataset ended before 1,000,000" in out.out, out.err
     code, out = run(
         "train", "--activations", folder, "--d-sae", 32, "--n-tokens", 1500, "--batch-size", 100,
         "--runs-dir", tmp_path / "runs", "--name", "disk", "--device", "cpu", "--json",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import fastsae
 from fastsae import memory, ring
 from fastsae.checkpoint import checkpoints
+from fastsae.collect import harvest
 from fastsae.config import OWN_FIELDS
 from fastsae.configfile import load_config
 from fastsae.evaluate import evaluate
@@ -25,6 +27,7 @@ from fastsae.optimizer import Optimizer
 from fastsae.prepare import prepare
 from fastsae.revisit import evaluate_run
 from fastsae.source import load_source
+from fastsae.step import TrainStep
 from fastsae.tokens import open_tokens
 from tests.devices import Device
 from tests.tiny_models import D_MODEL, save_model
@@ -331,11 +334,43 @@ def test_a_run_that_cannot_begin_takes_no_other_with_it(config, tmp_path, monkey
     assert [path.name for path in runs.iterdir()] == ["other"]
 
 
-def test_paths_in_a_run_do_not_go_by_the_working_folder(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    job = prepare(config(data={"cache_dir": "cache"}))
+def test_paths_in_a_run_do_not_go_by_the_working_folder(config, world, monkeypatch):
+    root = Path(world["text"]).parent
+    monkeypatch.chdir(root)
+    job = prepare(config(model={"name": "model"}, data={"cache_dir": "cache", "dataset": "text.jsonl"}))
     job.close()
-    assert job.config.data.cache_dir == tmp_path / "cache"
+    made = job.config
+    assert made.data.cache_dir == root / "cache"
+    assert (made.model.name, made.data.dataset) == (str(root / "model"), str(root / "text.jsonl"))
+
+
+def test_a_model_of_ones_own_needs_a_text_of_ones_own(config, world, tmp_path):
+    """The demo's is not taken because nothing was said, but where it is named."""
+    own = {"model": {"name": world["model"], "hook": [HOOK]}, "device": "cpu"}
+    for refused in (prepare, lambda cfg: harvest(cfg, tmp_path / "acts")):
+        with pytest.raises(fastsae.ConfigError, match=r"data\.dataset is not given"):
+            refused(load_config(None, own))
+    bridge = load_source(config().model, torch.device("cpu")).model
+    with pytest.raises(fastsae.ConfigError, match=r"data\.dataset is not given"):
+        prepare(load_config(None, {"model": {"hook": [HOOK]}, "device": "cpu"}), model=bridge)
+
+
+def test_validation_never_reaches_into_what_was_trained_on(config):
+    """Of the run's own dataset no more documents are taken than were held out."""
+    result = fastsae.train(config())
+
+    def figures(**data):
+        return evaluate_run(result.run_dir, lambda file: load_config(file, {"data": data}))[HOOK]
+
+    assert figures(n_validation_tokens=300)["n_validation_tokens"] < figures()["n_validation_tokens"]
+    with pytest.raises(fastsae.ConfigError, match=r"held out \d+ documents, and this would validate on \d+"):
+        figures(n_validation_tokens=3000)
+
+
+def test_a_name_that_is_taken_says_how_to_go_on(config):
+    fastsae.train(config(n_tokens=300))
+    with pytest.raises(fastsae.RunError, match=r"--resume .*runs/run goes on with it; for a new run choose"):
+        fastsae.train(config(n_tokens=300))
 
 
 @pytest.mark.parametrize("n_tokens", [50, 1200, 5000])
@@ -484,7 +519,7 @@ def test_a_known_dictionary_is_recovered(activation, tmp_path):
         assert 3 < l0 < 5, l0
 
 
-def test_a_non_finite_loss_stops_with_step_checkpoint_and_config(tmp_path):
+def test_a_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
     chunks = [torch.randn(256, 8) for _ in range(20)]
     chunks[12][3] = float("nan")
     run = load_config(
@@ -497,15 +532,34 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_config(tmp_path):
             "sae": {"d_sae": 16},
             "step": {"batch_size": 64},
             "ring": {"capacity": 1200},
-            "save": {"checkpoint_every": 500},
             "log": {"every": 5},
         },
     )
     with pytest.raises(
         fastsae.NonFiniteLossError,
-        match=r"step \d+; last good checkpoint: .*checkpoints/\d+; config: .*config.toml",
+        match=r"step \d+, which moved nothing; .* its last checkpoint is .*checkpoints/\d+",
     ):
         fastsae.train(run, activations=chunks)
+    (saved,) = checkpoints(tmp_path / "bad")
+    assert all(p.isfinite().all() for p in fastsae.load(saved).parameters())
+
+
+@pytest.mark.parametrize("every", [3, 1000], ids=["in the middle", "at the end"])
+def test_a_run_goes_on_behind_a_batch_that_is_not_finite(every, config, tmp_path, monkeypatch):
+    """From a checkpoint that it left, without that batch, and for every SAE of the run."""
+    original, seen = TrainStep.__call__, []
+
+    def poisoned(step, x, *args, **kwargs):
+        seen.append(1)
+        return original(step, x * torch.nan if len(seen) in (9, 10) else x, *args, **kwargs)
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    fields = {"n_tokens": 2560, "saes": [{"d_sae": 48}, {"d_sae": 32}], "log": {"every": every}}
+    with pytest.raises(fastsae.NonFiniteLossError, match=r"at step 4.*a resume goes on behind it"):
+        fastsae.train(config(**fields))
+    result = fastsae.resume(tmp_path / "runs" / "run")
+    assert result.n_tokens == 2560 and len(seen) == 2 * 20
+    assert all(0 < figures["fvu"] < 1 for figures in result.metrics.values())
 
 
 @pytest.mark.parametrize(
@@ -541,8 +595,15 @@ def test_activations_that_run_dry_are_said(tmp_path):
 def test_wandb_offline(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    result = fastsae.train(config(n_tokens=600, log={"wandb": "project", "every": 2}))
-    assert list(Path(result.run_dir).glob("wandb/offline-run-*/*.wandb"))
+    result = fastsae.train(
+        config(n_tokens=600, log={"wandb": "project", "every": 2}, save={"checkpoint_every": 128})
+    )
+    (first,) = Path(result.run_dir).glob("wandb/offline-run-*/*.wandb")
+    shutil.rmtree(result.run_dir / "saes")
+    shutil.rmtree(checkpoints(result.run_dir)[-1])
+    fastsae.resume(result.run_dir)
+    files = {path.name for path in Path(result.run_dir).glob("wandb/offline-run-*/*.wandb")}
+    assert files == {first.name}, "one run, of one id"
 
 
 def test_what_is_saved_and_validated_is_the_running_mean(config):

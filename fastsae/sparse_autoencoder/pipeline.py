@@ -23,6 +23,7 @@ from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.interrupt import InterruptedRun, interruptible, until
 from fastsae.packing import TokenBatch
+from fastsae.prepare import facts_of, name_of, sae_metadata
 from fastsae.ring import RingBuffer
 from fastsae.seeds import derive
 from fastsae.source import load_source
@@ -214,8 +215,12 @@ class Pipeline:
             "tokens": None if self._tokens is None else self._tokens.train.state_dict(),
             "store": self._left if self._store is None else self._store.place(),
         }
+        data, facts = self.source_dataset.config, facts_of(self._source)
+        facts = facts._replace(separator=facts.separator and self.source_dataset.tokenizer is not None)
         for hook, step in self.steps.items():
-            step.sae.metadata = {**step.sae.metadata, "hook_name": hook}
+            what = sae_metadata(name_of(self._source), data, facts, hook, step.sae.cfg, step.cfg)
+            so_far = {"n_tokens": self.total_activations_trained_on, "seed": self.seed}
+            step.sae.metadata = {**what, "model_given": True, **so_far}
         with appearing(folder, "the checkpoint ") as aside:
             write_steps(aside, self.steps, state)
         dashboard.upload(folder)
@@ -404,16 +409,19 @@ class Pipeline:
         if self._reported_at == self.total_activations_trained_on:
             return
         self._reported_at = self.total_activations_trained_on
-        rows = {}
-        for name, step in zip(self.component_names, self.steps.values(), strict=True):
-            figures = step.read()
-            if figures["first_bad_step"] >= 0:
+        read = {
+            name: step.read() for name, step in zip(self.component_names, self.steps.values(), strict=True)
+        }
+        for name, figures in read.items():
+            if (bad := figures["first_bad_step"]) >= 0:
                 folder = self.save_checkpoint()
                 raise NonFiniteLossError(
-                    f"the loss of {name} became NaN or infinite at step {figures['first_bad_step']:.0f}, and nothing moved by it; "
-                    f"checkpoint: {folder}"
+                    f"the loss of {name} became NaN or infinite at step {bad:.0f}, and nothing moved by it; checkpoint: {folder}"
                 )
-            rows[name] = dashboard.training_row(figures, self.n_input_features, self.n_learned_features)
+        rows = {
+            name: dashboard.training_row(figures, self.n_input_features, self.n_learned_features)
+            for name, figures in read.items()
+        }
         dashboard.log(dashboard.with_means(rows))
 
     def _check_shape(self) -> None:

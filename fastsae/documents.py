@@ -4,6 +4,7 @@
 `save_to_disk`, or "demo". A row is a document; in a text file every line is one, as in `datasets`.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import Any, Protocol, cast
 
 from fastsae.config import DataConfig
 from fastsae.errors import DataError, FastSAEError
+from fastsae.memory import text
+
+logger = logging.getLogger(__name__)
 
 KINDS = {
     ".parquet": "parquet",
@@ -141,7 +145,7 @@ def _open_hub(split: str, cfg: DataConfig) -> tuple[Any, list[Any]]:
     builder = datasets.load_dataset_builder(cfg.dataset, cfg.subset, revision=cfg.revision)
     # The hash is that of the commit, so that a branch that moves on does not meet blocks of its past.
     identity = ["hub", cfg.dataset, builder.config.name, str(builder.hash), split]
-    return _build(builder, split, cfg.streaming), identity
+    return _build(builder, split, cfg.streaming, of_hub=cfg.dataset), identity
 
 
 def _open_local(path: Path, split: str, cfg: DataConfig, cache_dir: Path) -> tuple[Any, list[Any]]:
@@ -182,13 +186,18 @@ def _open_local(path: Path, split: str, cfg: DataConfig, cache_dir: Path) -> tup
     return dataset, ["local", str(path), cfg.subset, split, stats]
 
 
-def _build(builder: Any, split: str, streaming: bool) -> Any:
-    """The split; its name is checked before anything is downloaded, where the names are known."""
+def _build(builder: Any, split: str, streaming: bool, *, of_hub: str | None = None) -> Any:
+    """The split; its name is checked before anything is downloaded, where the names are known, and a download is said."""
     known = list(builder.info.splits or getattr(builder.config, "data_files", None) or ())
     if known:
         _check_split(split.partition("[")[0], known)
     if streaming:
         return builder.as_streaming_dataset(split=split)
+    if of_hub is not None and not (Path(builder.cache_dir) / "dataset_info.json").exists():
+        size = f" ({text(builder.info.download_size)})" if builder.info.download_size else ""
+        logger.warning(
+            f"downloading all of {of_hub}{size}; data.streaming = true reads it while training instead"
+        )
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 

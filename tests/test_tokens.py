@@ -616,7 +616,7 @@ def test_errors_are_one_line_and_name_the_value(faulty, config, tokenizer, case,
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_on_the_hub(tmp_path, config, tokenizer, monkeypatch, streaming):
+def test_a_dataset_on_the_hub(tmp_path, config, tokenizer, monkeypatch, caplog, streaming):
     path = write_parquet(tmp_path / "x.parquet", texts(100))
     real, asked = datasets.load_dataset_builder, []
 
@@ -630,6 +630,7 @@ def test_a_dataset_on_the_hub(tmp_path, config, tokenizer, monkeypatch, streamin
     cfg = config("user/name", subset="en", split="test", revision="v1", streaming=streaming)
     assert len(content(open_tokens(cfg, tokenizer, seed=0).train)) > 400
     open_tokens(cfg.model_copy(update={"revision": "v2"}), tokenizer, seed=0)
+    assert caplog.text.count("downloading all of user/name") == (not streaming), "once"
     assert asked == [("user/name", "en", "v1"), ("user/name", "en", "v2")]
     assert len(list(cfg.cache_dir.iterdir())) == 2
     with pytest.raises(DataError, match='no split "train"; there are: test'):

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastsae import __version__
 from fastsae.configfile import load_config, parse_assignment, to_toml
 from fastsae.errors import ConfigError, FastSAEError
-from fastsae.metrics import to_json
+from fastsae.metrics import size_text, to_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -221,7 +221,6 @@ def harvest(
     resolved = load_config(config, overrides)
 
     from fastsae.collect import harvest as run
-    from fastsae.memory import text
     from fastsae.report import ConsoleSink
 
     console = Console(stderr=json_)
@@ -238,7 +237,7 @@ def harvest(
     if done.n_rows < resolved.n_tokens and not done.interrupted:
         left = f"; the dataset ended before {resolved.n_tokens:,}"
     console.print(
-        f"{done.n_rows:,} activations per hook point in {done.folder}, {text(done.n_bytes)} to write{left}",
+        f"{done.n_rows:,} activations per hook point in {done.folder}, {size_text(done.n_bytes)} to write{left}",
         highlight=False,
         soft_wrap=True,
     )

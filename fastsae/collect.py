@@ -12,7 +12,8 @@ from fastsae.compiled import with_compiled_blocks
 from fastsae.config import RunConfig
 from fastsae.errors import DataError
 from fastsae.interrupt import interruptible
-from fastsae.prepare import check_text, facts_of, pick_device, with_absolute_paths
+from fastsae.origin import check_text, facts_of
+from fastsae.prepare import pick_device, with_absolute_paths
 from fastsae.resume import mark
 from fastsae.shards import CONTEXTS, MANIFEST, POSITIONS, TOKENS, Shards, Writer
 from fastsae.source import Source, load_source

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from fastsae.config import DataConfig
 from fastsae.errors import DataError, FastSAEError
-from fastsae.memory import text
+from fastsae.metrics import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _build(builder: Any, split: str, streaming: bool, *, of_hub: str | None = No
     if streaming:
         return builder.as_streaming_dataset(split=split)
     if of_hub is not None and not (Path(builder.cache_dir) / "dataset_info.json").exists():
-        size = f" ({text(builder.info.download_size)})" if builder.info.download_size else ""
+        size = f" ({size_text(builder.info.download_size)})" if builder.info.download_size else ""
         logger.warning(
             f"downloading all of {of_hub}{size}; data.streaming = true reads it while training instead"
         )

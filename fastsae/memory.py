@@ -267,14 +267,6 @@ def n_parameters(shape: SAEConfig) -> int:
     return shape.d_sae * (shape.d_in + d_out + 1) + d_out + thresholds
 
 
-def text(n_bytes: int) -> str:
-    """1610612736 as "1.50 GiB"."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.2f} {unit}"
-    return f"{n_bytes} bytes"
-
-
 @contextmanager
 def refused_if_too_large(what: str) -> Iterator[None]:
     """An allocation that fails in this block is a ConfigError that names `what`."""

@@ -13,6 +13,14 @@ def short_count(n: int) -> str:
     return str(n)
 
 
+def size_text(n_bytes: int) -> str:
+    """1610612736 as "1.50 GiB"."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.2f} {unit}"
+    return f"{n_bytes} bytes"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON with null for NaN and infinity, which JSON does not know."""
 

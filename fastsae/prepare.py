@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,15 @@ from torch import Tensor
 from fastsae import memory
 from fastsae.calibrate import crossover
 from fastsae.checkpoint import Checkpoint, checkpoints, load_all
-from fastsae.config import DataConfig, ModelConfig, RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
-from fastsae.errors import ConfigError, DataError, RunError, first_line
-from fastsae.resume import check_activations, check_model, check_resumable
+from fastsae.config import RunConfig, SAEConfig, SAEEntry, StepConfig, resolved_step
+from fastsae.errors import ConfigError, RunError, first_line
+from fastsae.origin import origin_of, sae_metadata
+from fastsae.resume import check_resumable
 from fastsae.ring import check_capacity
 from fastsae.sae import SAE
-from fastsae.shards import PIECE, Shards
-from fastsae.source import Source, load_source
+from fastsae.shards import Shards
+from fastsae.source import Source
 from fastsae.tokens import Tokens, open_tokens
-
-ACTIVATIONS = "activations"  # the hook point's name where rows come from an iterable
 
 
 @dataclass
@@ -95,40 +94,57 @@ def prepare(
     else:
         check_resumable(checkpoint, model_given=model is not None)
     _check_sections(config, device)
-    source, rows, shards, facts, max_write = None, None, None, None, config.step.batch_size
-    if config.data.activations is not None and activations is None:
-        if model is not None:
-            raise ConfigError("data.activations are of a model of their own; drop the model object")
-        shards = Shards(config.data.activations)
-        if checkpoint is not None:
-            check_activations(checkpoint, shards)
-        config = _as_harvested(config, asked, shards)
-        widths = {hook: shards.widths[hook] for hook in config.model.hook}
-        ring_dtype, facts = shards.dtype, SourceFacts(**shards.manifest["facts"])
-        max_write = piece_size(config)
-    elif activations is not None:
-        rows = _checked(activations)
-        first = next(rows, None)
-        if first is None:
-            raise DataError("activations is empty")
-        rows = chain([first], rows)
-        widths, ring_dtype = {ACTIVATIONS: first.shape[1]}, first.dtype
-    else:
-        check_text(asked, model)
-        source = load_source(config.model, device, model)
-        if model is not None:
-            told = config.model.model_copy(update={"name": name_of(source), "weights": source.weights})
-            config = config.model_copy(update={"model": told})
-        if checkpoint is not None:
-            check_model(checkpoint, source.model, config.model.name)
-        source.check_context_size(config.data.context_size)
-        widths, ring_dtype = {hook.name: hook.width for hook in source.hooks}, source.dtype
-        facts = facts_of(source)
-        max_write = config.model.batch_size * config.data.context_size
+    config, origin = origin_of(config, asked, device, model, activations, checkpoint)
+    widths, max_write = origin.widths, origin.max_write
     check_capacity(config.ring.capacity, config.step.batch_size, max_write, config.n_tokens)
-    if config.ring.dtype != "auto":
-        ring_dtype = getattr(torch, config.ring.dtype)
+    ring_dtype = origin.dtype if config.ring.dtype == "auto" else getattr(torch, config.ring.dtype)
+    saes, steps, hook_of = _built(config, widths, device)
+    initial = _initial(saes, config.init_from) if config.init_from is not None and checkpoint is None else {}
+    shapes = {key: sae.cfg for key, sae in saes.items()}
+    ring = config.ring.model_copy(
+        update={
+            "placement": _placement(config, widths, ring_dtype, max_write, device),
+            "dtype": str(ring_dtype).removeprefix("torch."),
+        }
+    )
+    config = config.model_copy(update={"ring": ring})
+    mem_bytes = memory.predict(config, widths, shapes, steps, ring_dtype, max_write, device.type)
+    first_hooks = zip(shapes.values(), steps.values(), strict=True)
+    config = _resolved(config, islice(first_hooks, len(config.variants())))
+    tokens, source = None, origin.source
+    if source is not None:
+        tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
+    given = model is not None
+    for key, sae in saes.items():
+        if origin.facts is not None:
+            what = sae_metadata(
+                config.model.name, config.data, origin.facts, hook_of[key], sae.cfg, steps[key]
+            )
+            sae.metadata = {**what, "model_given": given, "n_tokens": config.n_tokens, "seed": config.seed}
+    return Job(
+        config=config,
+        device=device,
+        saes=saes,
+        steps=steps,
+        hook_of=hook_of,
+        initial=initial,
+        widths=widths,
+        ring_dtype=ring_dtype,
+        max_write=max_write,
+        source=source,
+        tokens=tokens,
+        rows=origin.rows,
+        mem_bytes=mem_bytes,
+        model_given=given,
+        checkpoint=checkpoint,
+        shards=origin.shards,
+    )
 
+
+def _built(
+    config: RunConfig, widths: Mapping[str, int], device: torch.device
+) -> tuple[dict[str, SAE], dict[str, StepConfig], dict[str, str]]:
+    """Per key of Job: the SAE, the config of its step, and its hook point."""
     saes, steps, hook_of = {}, {}, {}
     crossing = cache(crossover)  # one for all SAEs of the run, also where no cache folder can be written
     for hook, width in widths.items():
@@ -141,100 +157,7 @@ def prepare(
             dtype = torch.float64 if step.precision == "fp64" else torch.float32
             with memory.refused_if_too_large(f"sae.d_sae = {shape.d_sae}"):
                 saes[key] = SAE(shape, device=device, dtype=dtype, seed=seed)
-    initial = _initial(saes, config.init_from) if config.init_from is not None and checkpoint is None else {}
-    shapes = {key: sae.cfg for key, sae in saes.items()}
-    ring = config.ring.model_copy(
-        update={
-            "placement": _placement(config, widths, ring_dtype, max_write, device),
-            "dtype": str(ring_dtype).removeprefix("torch."),
-        }
-    )
-    config = config.model_copy(update={"ring": ring})
-    mem_bytes = memory.predict(config, widths, shapes, steps, ring_dtype, max_write, device.type)
-    built = islice(
-        zip(shapes.values(), steps.values(), strict=True), len(config.variants())
-    )  # the first hook's
-    config = _resolved(config, built)
-    tokens = None
-    if source is not None:
-        tokens = open_tokens(config.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
-    if facts is not None:
-        for key, sae in saes.items():
-            what = sae_metadata(config.model.name, config.data, facts, hook_of[key], sae.cfg, steps[key])
-            sae.metadata = {
-                **what,
-                "model_given": model is not None,
-                "n_tokens": config.n_tokens,
-                "seed": config.seed,
-            }
-    return Job(
-        config,
-        device,
-        saes,
-        steps,
-        hook_of,
-        initial,
-        widths,
-        ring_dtype,
-        max_write,
-        source,
-        tokens,
-        rows,
-        mem_bytes,
-        model is not None,
-        checkpoint,
-        shards,
-    )
-
-
-class SourceFacts(NamedTuple):
-    """What SAEs say of the model that they are of."""
-
-    model_class_name: str
-    weights: str
-    separator: bool
-    """Whether contexts begin with one."""
-
-
-def name_of(source: Source) -> str:
-    """What a model object says that it is called."""
-    return str(getattr(source.model.cfg, "model_name", None) or source.model_class_name)
-
-
-def facts_of(source: Source) -> SourceFacts:
-    tokenizer = source.tokenizer
-    separator = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
-    return SourceFacts(source.model_class_name, source.weights, separator)
-
-
-def piece_size(config: RunConfig) -> int:
-    """Rows that are read from disk at once: few enough for a small ring."""
-    return min(PIECE, max(config.ring.capacity // 4, 1))
-
-
-def _as_harvested(config: RunConfig, asked: RunConfig, shards: Shards) -> RunConfig:
-    """The config with the model and the text that the activations were made of; ConfigError where the user asked for others."""
-    made = shards.manifest
-    hooks = config.model.hook or tuple(shards.widths)
-    for hook in hooks:
-        if hook not in shards.widths:
-            raise ConfigError(
-                f"model.hook: {config.data.activations} has no {hook}; it has {', '.join(shards.widths)}"
-            )
-    free = {"hook", "activations", "on_exhausted"}
-    for section in ("model", "data"):
-        said = getattr(config, section).model_dump(mode="json", exclude_none=True)
-        for field in getattr(asked, section).model_fields_set & said.keys() - free:
-            if said[field] != made[section].get(field):
-                raise ConfigError(
-                    f"{section}.{field} = {said[field]}, but {config.data.activations} was made with "
-                    f"{made[section].get(field)}; drop it"
-                )
-    model = ModelConfig(**{**made["model"], "hook": hooks})
-    data = DataConfig(
-        **{**made["data"], "activations": config.data.activations, "on_exhausted": config.data.on_exhausted}
-    )
-    return config.model_copy(update={"model": model, "data": data})
+    return saes, steps, hook_of
 
 
 def n_steps(config: RunConfig) -> int:
@@ -276,15 +199,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def check_text(config: RunConfig, model: Any = None) -> None:
-    """Raise ConfigError where a model of the user's would be run on the demo's text because no text was named."""
-    if (model is not None or config.model.name != "demo") and "dataset" not in config.data.model_fields_set:
-        raise ConfigError(
-            'data.dataset is not given; name the text to train on (--dataset; "demo" is the source code of Python\'s '
-            "standard library)"
-        )
-
-
 def _absolute(name: str) -> str:
     """A local path without regard to the working folder; a hub name, or "demo", as it is."""
     return str(Path(name).absolute()) if name != "demo" and Path(name).exists() else name
@@ -304,22 +218,6 @@ def check_run_dir(config: RunConfig) -> None:
         raise RunError(
             f"cannot write runs into {config.runs_dir}: {parent} is not a folder that can be written to"
         )
-
-
-def _checked(activations: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The given activations; DataError at the first that is no floating tensor [n, d_in] of one d_in."""
-    width = None
-    for rows in activations:
-        if not isinstance(rows, Tensor):
-            raise DataError(f"activations must yield torch tensors, not {type(rows).__name__}")
-        if rows.ndim != 2 or not rows.is_floating_point():
-            raise DataError(
-                f"activations must yield floating tensors [n, d_in], not {tuple(rows.shape)} {rows.dtype}"
-            )
-        width = width or rows.shape[1]
-        if rows.shape[1] != width:
-            raise DataError(f"activations must all be [n, {width}]; got {tuple(rows.shape)}")
-        yield rows
 
 
 def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -375,28 +273,3 @@ def _resolved(config: RunConfig, built: Iterable[tuple[SAEConfig, StepConfig]]) 
         own = StepConfig(**full.model_dump(exclude={"batch_size"}))
         entries.append(SAEEntry(**sae.model_dump(), name=name, seed=seed, step=own))
     return config.model_copy(update={"saes": tuple(entries)})
-
-
-def sae_metadata(
-    model_name: str, data: DataConfig, facts: SourceFacts, hook: str, sae: SAEConfig, step: StepConfig
-) -> dict[str, Any]:
-    """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
-    return {
-        "model_name": model_name,
-        "model_class_name": facts.model_class_name,
-        "model_weights": facts.weights,
-        "model_from_pretrained_kwargs": {},
-        "hook_name": hook,
-        "hook_head_index": None,
-        "context_size": data.context_size,
-        "prepend_bos": facts.separator,
-        "seqpos_slice": [None],
-        "dataset_path": data.dataset,
-        "exclude_special_tokens": data.exclude != "none",
-        "sequence_separator_token": "bos" if facts.separator else None,
-        "disable_concat_sequences": False,
-        "training_architecture": "standard" if sae.activation == "relu" else sae.activation,
-        "training_architecture_details": (
-            {"l1_coefficient": step.l1_coefficient} if sae.activation == "relu" else {}
-        ),
-    }

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastsae import __version__, memory
+from fastsae import __version__
 from fastsae.log import Row, Sink
-from fastsae.metrics import short_count
+from fastsae.metrics import short_count, size_text
 from fastsae.train import Result
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -166,9 +166,9 @@ def memory_table(mem_bytes: Mapping[str, int]) -> Table:
     table = Table("part", "predicted memory", title="without the source model", title_justify="left")
     on_device = {part: n_bytes for part, n_bytes in mem_bytes.items() if part != "host"}
     for part, n_bytes in {**on_device, "total": sum(on_device.values())}.items():
-        table.add_row(part, memory.text(n_bytes))
+        table.add_row(part, size_text(n_bytes))
     if "host" in mem_bytes:
-        table.add_row("ring, in host memory", memory.text(mem_bytes["host"]))
+        table.add_row("ring, in host memory", size_text(mem_bytes["host"]))
     return table
 
 

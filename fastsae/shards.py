@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastsae.errors import ConfigError, DataError, RunError, reason
 from fastsae.files import save_tensors
-from fastsae.memory import text
+from fastsae.metrics import size_text
 
 MANIFEST, VERSION = "manifest.json", 2
 COLUMNS = TOKENS, CONTEXTS, POSITIONS = "tokens", "contexts", "positions"
@@ -249,7 +249,7 @@ class Writer:
         wanted, free = n_rows * (width * dtype.itemsize + 12), shutil.disk_usage(self.folder).free
         if wanted > free:
             raise ConfigError(
-                f"{n_rows:,} activations take {text(wanted)} in {self.folder}, where {text(free)} are free"
+                f"{n_rows:,} activations take {size_text(wanted)} in {self.folder}, where {size_text(free)} are free"
             )
         return wanted
 

@@ -23,7 +23,8 @@ from fastsae.init import initialise
 from fastsae.interrupt import InterruptedRun, interruptible, until
 from fastsae.log import Sink, WarningSink
 from fastsae.memory import refused_if_too_large
-from fastsae.prepare import ACTIVATIONS, Job, prepare
+from fastsae.origin import ACTIVATIONS
+from fastsae.prepare import Job, prepare
 from fastsae.resume import config_of, is_finished, machine, mark, newest, other_machine
 from fastsae.ring import RingBuffer
 from fastsae.sae import SAE

@@ -55,7 +55,7 @@ LAYERS = [
     {"step"},
     {"packing", "boot", "bare", "hook_points", "checkpoint", "calibrate", "shards"},
     {"tokens", "source", "resume"},
-    {"harvest", "evaluate", "splice", "compiled"},
+    {"harvest", "evaluate", "splice", "compiled", "origin"},
     {"prepare"},
     {"folder"},
     {"train", "revisit", "collect"},

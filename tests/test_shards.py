@@ -173,7 +173,7 @@ def test_every_row_is_trained_on_once_in_an_order_of_all_shards(folder):
 def test_a_run_from_disk(folder, config, monkeypatch):
     """No model is loaded; what is saved says what it is of, and can be validated; to the bit the same each time."""
     monkeypatch.setattr(
-        sys.modules["fastsae.prepare"], "load_source", lambda *a: pytest.fail("the model was loaded")
+        sys.modules["fastsae.origin"], "load_source", lambda *a: pytest.fail("the model was loaded")
     )
     fields = {
         "n_tokens": 1900,

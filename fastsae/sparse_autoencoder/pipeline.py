@@ -22,8 +22,8 @@ from fastsae.errors import ConfigError, DataError, NonFiniteLossError, RunError,
 from fastsae.evaluate import Validation, evaluate
 from fastsae.harvest import Harvester
 from fastsae.interrupt import InterruptedRun, interruptible, until
+from fastsae.origin import facts_of, name_of, sae_metadata
 from fastsae.packing import TokenBatch
-from fastsae.prepare import facts_of, name_of, sae_metadata
 from fastsae.ring import RingBuffer
 from fastsae.seeds import derive
 from fastsae.source import load_source

@@ -38,7 +38,8 @@ def boot(cfg: ModelConfig, device: torch.device) -> tuple[Any, Any, tuple[str, .
         if cfg.weights == "processed":
             bridge.enable_compatibility_mode(disable_warnings=True)
     except LOAD_ERRORS as error:
-        raise SourceError(f"cannot load the model {cfg.name}: {first_line(error)}") from error
+        absent = "" if Path(where).is_dir() else "there is no such folder, and as a hub name: "
+        raise SourceError(f"cannot load the model {cfg.name}: {absent}{first_line(error)}") from error
     return bridge, tokenizer, head
 
 

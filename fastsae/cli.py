@@ -178,6 +178,10 @@ def train(
     console.print(
         f"{result.n_tokens:,} activations, SAEs in {result.run_dir}/saes", highlight=False, soft_wrap=True
     )
+    if job.shards is not None and not result.interrupted:
+        console.print(
+            f"fastsae eval {result.run_dir} validates with the model", highlight=False, soft_wrap=True
+        )
     if result.interrupted:
         console.print(
             f"interrupted; fastsae train --resume {result.run_dir} goes on, fastsae eval {result.run_dir} validates it",

@@ -56,7 +56,10 @@ def last_figures(path: Path) -> dict[str, dict[str, Any]]:
         for line in file:
             row = json.loads(line)
             if row.pop("kind") == "train":
-                found[row.pop("sae")] = {k: v for k, v in row.items() if k not in ("n_tokens", "step")}
+                sae = row.pop("sae")
+                found[sae] = {
+                    k: v for k, v in row.items() if k not in ("n_tokens", "step", "tokens_per_second")
+                }
     return found
 
 

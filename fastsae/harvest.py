@@ -23,6 +23,7 @@ from fastsae.source import Source
 from fastsae.timeline import Timeline
 from fastsae.tokens import TokenStream
 
+NOTHING_COUNTS = "no position of a whole epoch counts: data.exclude leaves nothing of data.split to train on"
 AHEAD = 3  # pieces of activations that are read from disk at a time
 
 
@@ -124,9 +125,7 @@ class Harvester:
             self._epoch = self.stream.epoch
             self._write(batch.tokens, batch.keep, self.stream.state_dict())
         elif self.stream.epoch > self._epoch + 1:
-            raise DataError(
-                "no position of a whole epoch counts: data.exclude leaves nothing of data.split to train on"
-            )
+            raise DataError(NOTHING_COUNTS)
         return True
 
     def state_dict(self, fill_number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,12 +1,13 @@
 """What an SAE takes from the first activations: the scale, the start of b_dec, the size of the first x_hat."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastsae.activations import activate, smallest_active
+from fastsae.errors import DataError
 from fastsae.sae import SAE
 
 START_L0 = 64  # latents that a jumprelu SAE starts with
@@ -40,17 +41,25 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
     scale: mean ||x|| = sqrt(d_in). b_dec: the geometric median. W_enc: so that the first x_hat - b_dec
     has the mean norm of x - b_dec; W_enc stays where b_dec is not subtracted from the input. Thresholds: batchtopk's as it is on
     these; jumprelu's so that START_L0 latents are active. Only for SAEs whose output is their input. Waits for the device.
+
+    Rows that are not finite do not count. Raises DataError where no row is.
     """
-    norm = mean_norm(chunks())
+
+    def finite() -> Iterator[Tensor]:
+        return (chunk[chunk.isfinite().all(1)] for chunk in chunks())
+
+    norm = mean_norm(finite())
     if norm > 0 and norm.isfinite():
         sae.scale.copy_(sae.cfg.d_in**0.5 / norm)
     sample, n = [], 0
-    for chunk in chunks():
+    for chunk in finite():
         sample.append(chunk[: MEDIAN_ROWS - n].to(sae.W_dec.dtype) * sae.scale)
         n += len(sample[-1])
         if n >= MEDIAN_ROWS:
             break
     rows = torch.cat(sample)
+    if not len(rows):
+        raise DataError("none of the first activations is finite")
     sae.b_dec.copy_(geometric_median(rows))
     rows = rows[:4096]
     if sae.threshold is not None:

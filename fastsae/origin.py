@@ -96,7 +96,7 @@ def piece_size(config: RunConfig) -> int:
 
 
 def _as_harvested(config: RunConfig, asked: RunConfig, shards: Shards) -> RunConfig:
-    """The config with the model and the text that the activations were made of; ConfigError where the user asked for others."""
+    """The config with the model and the text that the activations were made of, and their number unless one was given; ConfigError where the user asked for others."""
     made = shards.manifest
     hooks = config.model.hook or tuple(shards.widths)
     for hook in hooks:
@@ -117,7 +117,10 @@ def _as_harvested(config: RunConfig, asked: RunConfig, shards: Shards) -> RunCon
     data = DataConfig(
         **{**made["data"], "activations": config.data.activations, "on_exhausted": config.data.on_exhausted}
     )
-    return config.model_copy(update={"model": model, "data": data})
+    said = {"model": model, "data": data}
+    if "n_tokens" not in asked.model_fields_set and data.on_exhausted == "stop":
+        said["n_tokens"] = shards.n_rows
+    return config.model_copy(update=said)
 
 
 def check_text(config: RunConfig, model: Any = None) -> None:

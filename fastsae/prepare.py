@@ -227,7 +227,9 @@ def _initial(saes: Mapping[str, SAE], path: Path) -> dict[str, dict[str, Tensor]
     initial = {}
     for key, sae in saes.items():
         if key not in found:
-            raise RunError(f"init_from = {path} has no SAE for {key}; it has {', '.join(found)}")
+            raise RunError(
+                f"init_from = {path} has no SAE for {key}; it has {', '.join(found)}: name one of their folders"
+            )
         if found[key].cfg != sae.cfg:
             raise ConfigError(
                 f"init_from = {path}: its SAE is {found[key].cfg}, but {key} is to be {sae.cfg}"

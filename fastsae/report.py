@@ -40,7 +40,7 @@ class ConsoleSink(Sink):
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
-        self._n, self._total = 0, n_tokens
+        self._n, self._total, self._tenth = 0, n_tokens, 0
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("train", total=n_tokens, count=self._count(), figures=figures)
         self._bar.start()
@@ -59,6 +59,10 @@ class ConsoleSink(Sink):
             speed = f"{short_count(round(row['tokens_per_second']))} tok/s"
             self._figures[row["sae"]] = " ".join([*shown, dead, speed])
             self._show()
+            tenth = 10 * self._n // self._total
+            if not self._bar.console.is_terminal and tenth > self._tenth:  # in a file: a line now and then
+                self._tenth = tenth
+                self._bar.console.print(f"{self._count()} {self._figures[row['sae']]}", soft_wrap=True)
         elif row["kind"] == "time":
             self._time = shares(row)
             self._show()

@@ -38,9 +38,16 @@ def config_of(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> RunC
     for field in ("name", "runs_dir"):
         if field in (overrides or {}):
             raise ConfigError(f"{field} does not go with a resume: the run stays where it is")
+    begun = load_config(
+        newest(run_dir).folder / CONFIG_FILE
+    )  # what the file in the run says may have been edited
     saved = load_config(run_dir / CONFIG_FILE)
+    if saved.saes and (hidden := {"sae", "step"} & set(overrides or {})):
+        raise ConfigError(
+            f"{min(hidden)} is given, but the run goes on with its own SAEs; a run goes on as it began"
+        )
     config = load_config(run_dir / CONFIG_FILE, overrides)
-    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    before, now = _flat(begun.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     for field in sorted(before.keys() | now.keys()):
         if not {field, field.split(".")[0]} & set(FREE) and before.get(field) != now.get(field):
             raise ConfigError(

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.checkpoint import CONFIG_FILE, load_all
-from fastsae.config import RunConfig
+from fastsae.config import DataConfig, RunConfig
 from fastsae.configfile import load_config
 from fastsae.errors import ConfigError, RunError
 from fastsae.evaluate import evaluate
 from fastsae.prepare import pick_device
 from fastsae.source import load_source
-from fastsae.tokens import open_tokens
+from fastsae.tokens import may_overlap, open_tokens, validation_split_of
 
 
 def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dict[str, Any]]:
@@ -44,7 +44,7 @@ def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dic
     if trained.data != config.data:
         before = open_tokens(trained.data, source.tokenizer, seed=config.seed, d_vocab=source.d_vocab)
         before.train.close()
-        _check_held_out(before.train.state_dict()["of"], tokens.train.state_dict()["of"])
+        _check_held_out(trained.data, config.data, before.train.n_held_out, tokens.train.n_held_out)
     pairs = {name: (hooks[name], sae) for name, sae in saes.items()}
     results = evaluate(
         source, pairs, tokens.validation, batch_size=config.model.batch_size, baselines=config.save.baselines
@@ -52,11 +52,25 @@ def evaluate_run(path: Path, read: Callable[[Path], RunConfig]) -> dict[str, dic
     return {name: result.row() for name, result in results.items()}
 
 
-def _check_held_out(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """By what two token streams say of themselves."""
-    held_out, taken = before["n_held_out_documents"], now["n_held_out_documents"]
-    if now["dataset"] == before["dataset"] and taken > held_out:
+def _check_held_out(trained: DataConfig, now: DataConfig, held_out: int, taken: int) -> None:
+    """Raise ConfigError where what is validated on now may have been trained on: other documents of the same text than were held out."""
+    if trained.subset != now.subset or not _may_share(trained.dataset, now.dataset):
+        return
+    split = validation_split_of(now)
+    if split is None and (trained.dataset, trained.split) == (now.dataset, now.split):
+        if taken > held_out:
+            raise ConfigError(
+                f"the run held out {held_out} documents, and this would validate on {taken} of them, so on what it was trained on; "
+                "lower data.n_validation_tokens, or name a data.validation_split"
+            )
+    elif may_overlap(split or now.split, trained.split):
         raise ConfigError(
-            f"the run held out {held_out} documents, and this would validate on {taken} of them, so on what it was trained on; "
-            "lower data.n_validation_tokens, or name a data.validation_split"
+            f'"{split or now.split}" of {now.dataset} may hold what the run was trained on: "{trained.split}" of {trained.dataset}; name '
+            "another data.validation_split"
         )
+
+
+def _may_share(a: str, b: str) -> bool:
+    """Whether two datasets are one, or one lies in the other."""
+    one, other = Path(a).absolute(), Path(b).absolute()
+    return a == b or (one.exists() and other.exists() and (one in other.parents or other in one.parents))

@@ -184,7 +184,7 @@ class TrainStep:
             level = torch.where(counts & (level > 0) & level.isfinite(), level, sae.threshold)
             sae.threshold.lerp_(level, torch.where(sae.threshold > 0, THRESHOLD_RATE, 1.0).to(level.dtype))
         self._counters.add(found.out, target, grad_norm, now.step - 1)
-        self.optimizer.add_to_average(now.ema)
+        self.optimizer.add_to_average(now.ema * counts)
         return found.out, found.losses
 
     def _fits(self, found: Gradients, width: int | None) -> Bool[Tensor, ""] | None:

@@ -69,6 +69,11 @@ class TokenStream:
         self._ahead: _Ahead | None = None
 
     @property
+    def n_held_out(self) -> int:
+        """Documents at the beginning that are never trained on."""
+        return self._first
+
+    @property
     def epoch(self) -> int:
         """Epochs that lie behind the position."""
         return self._position.epoch
@@ -235,8 +240,8 @@ def open_tokens(cfg: DataConfig, tokenizer: Any, *, seed: int, d_vocab: int | No
     not the column, or is too short.
     """
     packing = _packing(cfg, tokenizer)
-    validation_split = cfg.validation_split or ("validation" if cfg.dataset == "demo" else None)
-    if validation_split is not None and _overlap(validation_split, cfg.split):
+    validation_split = validation_split_of(cfg)
+    if validation_split is not None and may_overlap(validation_split, cfg.split):
         raise ConfigError(
             f'data.validation_split = "{validation_split}" overlaps data.split = "{cfg.split}"; name another split, '
             "or none to hold out the first documents"
@@ -269,6 +274,11 @@ def open_tokens(cfg: DataConfig, tokenizer: Any, *, seed: int, d_vocab: int | No
         blocks, packing, seed=seed, first=first, shuffle_buffer=cfg.shuffle_buffer, repeat=repeat
     )
     return Tokens(train, validation)
+
+
+def validation_split_of(cfg: DataConfig) -> str | None:
+    """The split that is validated on; None for the first documents of the one that is trained on."""
+    return cfg.validation_split or ("validation" if cfg.dataset == "demo" else None)
 
 
 def _packing(cfg: DataConfig, tokenizer: Any) -> Packing:
@@ -306,7 +316,7 @@ def _group_range(group: int, largest: int) -> tuple[int, int]:
     return ramp[0], ramp[1]
 
 
-def _overlap(a: str, b: str) -> bool:
+def may_overlap(a: str, b: str) -> bool:
     """Whether split names such as "train", "train[:90%]" or "train+test" may share documents.
 
     Two parts of one split are told apart where both are in percent and do not meet; else they may.

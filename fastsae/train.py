@@ -185,7 +185,7 @@ class _Loop:
                 self.validate(baselines=save.baselines)
         self.log("time", "", {"of": "the end", **self.timeline.read()})
         rows = {key: validation.row() for key, validation in self.validations.items()}
-        metrics = {key: {**figures, **rows.get(key, {})} for key, figures in self.figures.items()}
+        metrics = {key: {**self.figures.get(key, {}), **rows.get(key, {})} for key in self.steps}
         return Result(self.job.saes, metrics, self.job.run_dir, self.n_tokens, tokens_per_second, interrupted)
 
     @contextmanager
@@ -232,16 +232,18 @@ class _Loop:
         if self.reported_at == self.n_done:
             return
         self.reported_at = self.n_done
-        rows = {key: step.read() for key, step in self.steps.items()}
-        for key, row in rows.items():
-            if (bad := row.pop("first_bad_step")) >= 0:
-                raise NonFiniteLossError(
-                    f"the loss of {key} became NaN or infinite at step {bad:.0f}, which moved nothing; a resume goes on behind it"
-                )
-        for key, row in rows.items():
-            self.figures[key] = row
+        bad = {}
+        for key, step in self.steps.items():
+            row = self.figures[key] = step.read()
+            bad[key] = row.pop("first_bad_step")
             self.log("train", key, {**row, "tokens_per_second": self.speed()})
         self.log("time", "", {"of": "the loop", **self.timeline.read()})
+        for key, at in bad.items():
+            if at >= 0:
+                again = "" if self.feeder is None else "; a resume goes on behind it"
+                raise NonFiniteLossError(
+                    f"the loss of {key} became NaN or infinite at step {at:.0f}, which moved nothing{again}"
+                )
 
     def validate(self, baselines: bool = False) -> None:
         """Evaluate every SAE on the held-out tokens, where there are any."""
@@ -300,6 +302,10 @@ class _Loop:
     def warn_if_early(self) -> None:
         if self.n_tokens < self.job.config.n_tokens:
             what, more = "dataset", ' (data.on_exhausted = "repeat" would begin another epoch)'
+            if self.job.tokens is not None and (held := self.job.tokens.train.n_held_out):
+                more += (
+                    f"; its first {held:,} documents are held out for validation (data.n_validation_tokens)"
+                )
             if self.job.rows is not None:
                 what, more = "iterable", ""
             message = (

@@ -342,3 +342,29 @@ def test_an_average_that_one_entry_does_without(config):
     cut = fastsae.train(config(**fields, name="cut"), sinks=[StopAt(3000)])
     again = fastsae.resume(cut.run_dir)
     assert all(same(weights(again, key), weights(whole, key)) for key in whole.saes)
+
+
+def test_a_file_that_was_edited_is_refused_by_the_field(config, tmp_path):
+    """It is the checkpoint's config that a run began with, entries of [[saes]] and all."""
+    fields = {"n_tokens": 1280, "saes": [{"d_sae": 24}, {"d_sae": 32}], "save": {"checkpoint_every": 640}}
+    whole = fastsae.train(config(**fields))
+    cut = copy_of(whole.run_dir, checkpoints(whole.run_dir)[0], tmp_path)
+    with pytest.raises(ConfigError, match="goes on with its own SAEs; a run goes on as it began"):
+        fastsae.resume(cut, {"step": {"lr": 0.5}})
+    file = cut / "config.toml"
+    text = file.read_text()
+    file.write_text(text.replace("lr = 0.001", "lr = 0.002"))
+    assert file.read_text() != text
+    with pytest.raises(ConfigError, match=r"lr = 0\.002, but the run began with 0\.001"):
+        fastsae.resume(cut)
+    file.write_text(text)
+    again = fastsae.resume(cut)
+    assert all(same(weights(again, key), weights(whole, key)) for key in whole.saes)
+
+
+def test_a_resume_with_nothing_left_has_the_figures_of_the_run(config):
+    whole = fastsae.train(config(n_tokens=1280))
+    shutil.rmtree(whole.run_dir / "saes")
+    again = fastsae.resume(whole.run_dir)
+    assert again.metrics.keys() == whole.metrics.keys()
+    assert again.metrics[HOOK].keys() == whole.metrics[HOOK].keys()

@@ -75,6 +75,16 @@ def test_a_shard_ends_behind_a_forward(config, tmp_path, monkeypatch):
     assert len(small[HOOK]) == 600 and all(torch.equal(small[name], rows) for name, rows in whole.items())
 
 
+def test_text_of_which_nothing_counts_ends(config, tmp_path):
+    """And is not read for ever, epoch by epoch."""
+    texts = ["w2 " * 40] * 3 + ["w1 " * 40] * 40
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text.strip()}) + "\n" for text in texts))
+    fields = {"dataset": str(file), "exclude": [0, 1], "on_exhausted": "repeat", "n_validation_tokens": 95}
+    with pytest.raises(DataError, match="no position of a whole epoch counts"):
+        harvest(config(n_tokens=300, data=fields), tmp_path / "acts")
+
+
 def test_local_names_mean_the_same_from_every_folder(world, config, tmp_path, monkeypatch):
     """What was harvested by a relative path is trained on, resumed and validated from anywhere, and by its name."""
     root = Path(world["text"]).parent
@@ -326,7 +336,7 @@ def test_the_command_line(world, config, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert code == 0 and "the dataset ended before 1,000,000" in out.out, out.err
     code, out = run(
-        "train", "--activations", folder, "--d-sae", 32, "--n-tokens", 1500, "--batch-size", 100,
+        "train", "--activations", folder, "--d-sae", 32, "--batch-size", 100,
         "--runs-dir", tmp_path / "runs", "--name", "disk", "--device", "cpu", "--json",
     )  # fmt: skip
     assert code == 0, out.err

@@ -167,10 +167,12 @@ def test_auxk_without_the_sparse_ops_is_the_same(activation, monkeypatch):
 def test_a_step_that_moves_nothing_is_not_counted(kind, path):
     """Nobody fired on a batch whose loss is NaN, and no activation has gone by."""
     sae = make_sae(kind, dtype=torch.float32)
-    step = TrainStep(sae, StepConfig(path=path, lr=1e-3, **FIELDS[kind]))
+    step = TrainStep(sae, StepConfig(path=path, lr=1e-3, ema_decay=0.5, **FIELDS[kind]))
     x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
     step(x)
-    counted = {name: t.clone() for name, t in step.state_dict().items() if "fired" in name or "l0" in name}
+    kept = ("fired", "l0", "ema")
+    counted = {name: t.clone() for name, t in step.state_dict().items() if any(k in name for k in kept)}
+    assert any("ema" in name for name in counted)
     x[2, 1] = torch.nan
     step(x)
     for name, t in counted.items():

@@ -365,6 +365,9 @@ def test_validation_never_reaches_into_what_was_trained_on(config):
     assert figures(n_validation_tokens=300)["n_validation_tokens"] < figures()["n_validation_tokens"]
     with pytest.raises(fastsae.ConfigError, match=r"held out \d+ documents, and this would validate on \d+"):
         figures(n_validation_tokens=3000)
+    for split in ("train[:100%]", "train[50%:]", "train[10%:]+train[:10%]"):
+        with pytest.raises(fastsae.ConfigError, match="may hold what the run was trained on"):
+            figures(n_validation_tokens=300, split=split)
 
 
 def test_a_name_that_is_taken_says_how_to_go_on(config):
@@ -519,9 +522,10 @@ def test_a_known_dictionary_is_recovered(activation, tmp_path):
         assert 3 < l0 < 5, l0
 
 
-def test_a_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
+@pytest.mark.parametrize("where", [0, 12], ids=["in the first fill", "later"])
+def test_a_non_finite_loss_stops_with_step_and_checkpoint(where, tmp_path):
     chunks = [torch.randn(256, 8) for _ in range(20)]
-    chunks[12][3] = float("nan")
+    chunks[where][3] = float("nan")
     run = load_config(
         None,
         {
@@ -537,11 +541,18 @@ def test_a_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
     )
     with pytest.raises(
         fastsae.NonFiniteLossError,
-        match=r"step \d+, which moved nothing; .* its last checkpoint is .*checkpoints/\d+",
+        match=r"step \d+, which moved nothing; the run ends, its last checkpoint is .*checkpoints/\d+",
     ):
         fastsae.train(run, activations=chunks)
     (saved,) = checkpoints(tmp_path / "bad")
     assert all(p.isfinite().all() for p in fastsae.load(saved).parameters())
+
+
+def test_activations_of_which_none_is_finite(tmp_path):
+    run = load_config(None, {"runs_dir": str(tmp_path), "n_tokens": 50, "device": "cpu", "sae": {"d_sae": 4}})
+    with pytest.raises(fastsae.DataError, match="none of the first activations is finite"):
+        fastsae.train(run, activations=[torch.full((50, 8), torch.nan)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("every", [3, 1000], ids=["in the middle", "at the end"])
@@ -557,7 +568,13 @@ def test_a_run_goes_on_behind_a_batch_that_is_not_finite(every, config, tmp_path
     fields = {"n_tokens": 2560, "saes": [{"d_sae": 48}, {"d_sae": 32}], "log": {"every": every}}
     with pytest.raises(fastsae.NonFiniteLossError, match=r"at step 4.*a resume goes on behind it"):
         fastsae.train(config(**fields))
-    result = fastsae.resume(tmp_path / "runs" / "run")
+    folder = tmp_path / "runs" / "run"
+    before = rows(folder, "train")
+    assert {row["sae"].split("/")[1] for row in before} == {"relu-d_sae=48", "relu-d_sae=32"}, (
+        "nothing is lost"
+    )
+    result = fastsae.resume(folder)
+    assert rows(folder, "train")[: len(before)] == before
     assert result.n_tokens == 2560 and len(seen) == 2 * 20
     assert all(0 < figures["fvu"] < 1 for figures in result.metrics.values())
 

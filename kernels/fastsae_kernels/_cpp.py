@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# NaN is data here, whatever flags $CXX brings
+NAN_IS_DATA = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", *NAN_IS_DATA)
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that torch's wheels come with
 DTYPES = (torch.float32, torch.bfloat16, torch.int32)
 """Of tensors that the C++ forms take; ops on others run the torch forms."""
@@ -137,7 +139,10 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
         try:
             _build(compiler, folder / name)
             return ctypes.CDLL(str(folder / name))
-        except OSError:  # not to be written, or nothing there may be run
+        except (
+            OSError,
+            subprocess.CalledProcessError,
+        ):  # not to be written, full, or nothing there may be run
             pass
     with tempfile.TemporaryDirectory(prefix="fastsae-") as own:
         _build(compiler, Path(own) / name)

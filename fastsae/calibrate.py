@@ -44,23 +44,23 @@ def crossover(device: torch.device, precision: Precision = "fp32") -> float:
 
 
 def measure(device: torch.device, precision: Precision = "fp32") -> float:
-    """Times both paths' steps at rising shares of active latents, and takes the share where the sparse one falls behind.
+    """Times both paths' steps at shares of active latents, and finds by bisection where the sparse one falls behind.
 
     Between two shares by their logarithm; three digits. 0 where the dense path always wins. Waits for the device.
     """
     batch, d_in, d_sae = SHAPES[device.type]
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
-    last: tuple[float, float] | None = None
-    for share in SHARES:
-        dense, sparse = (_seconds(path, precision, x, d_sae, share) for path in ("dense", "sparse"))
-        lead = math.log(dense / sparse)
-        if lead <= 0:
-            if last is None:
-                return 0.0
-            between = last[1] / (last[1] - lead)
-            return float(f"{last[0] * (share / last[0]) ** between:.3g}")
-        last = share, lead
-    return SHARES[-1]
+    leads: dict[int, float] = {}
+    low, high = -1, len(SHARES)  # the sparse path is ahead at low, the dense one at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        dense, sparse = (_seconds(path, precision, x, d_sae, SHARES[middle]) for path in ("dense", "sparse"))
+        leads[middle] = math.log(dense / sparse)
+        low, high = (middle, high) if leads[middle] > 0 else (low, middle)
+    if low < 0 or high == len(SHARES):
+        return SHARES[-1] if low >= 0 else 0.0
+    between = leads[low] / (leads[low] - leads[high])
+    return float(f"{SHARES[low] * (SHARES[high] / SHARES[low]) ** between:.3g}")
 
 
 def _seconds(path: str, precision: Precision, x: Tensor, d_sae: int, share: float) -> float:

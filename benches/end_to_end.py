@@ -32,10 +32,8 @@ from fastsae.source import Source, load_source
 from fastsae.step import TrainStep
 
 MIN_ROUNDS = 5
-SECONDS = {
-    "cpu": 120.0,
-    "cuda": 10.0,
-}  # of rounds per scene, at least: two CPU cores vary by more than what is asked for
+# Of rounds per scene, at least: two CPU cores vary by more than what is asked for.
+SECONDS = {"cpu": 120.0, "cuda": 10.0}
 N_TIMED = 9
 WANTED = 300e6  # activations per SAE, for the hours
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from fastsae.compiled import with_compiled_blocks
 from fastsae.config import RunConfig
 from fastsae.errors import DataError
-from fastsae.harvest import NOTHING_COUNTS
 from fastsae.interrupt import interruptible
 from fastsae.origin import check_text, facts_of
 from fastsae.prepare import pick_device, with_absolute_paths
 from fastsae.resume import mark
 from fastsae.shards import CONTEXTS, MANIFEST, POSITIONS, TOKENS, Shards, Writer
 from fastsae.source import Source, load_source
-from fastsae.tokens import TokenStream, open_tokens
+from fastsae.tokens import EmptyEpochs, TokenStream, open_tokens
 
 SHARD_BYTES = 2**28  # with which a shard ends, behind the forward that brings them
 
@@ -38,8 +37,8 @@ def harvest(
 ) -> Harvested:
     """Write config.n_tokens activations of config.model's hook points on config.data into `folder`.
 
-    Goes on with what an interrupted call left there, or one for fewer activations, behind its last forward; makes shards again that are missing or damaged. `advance` is told of rows.
-    Ctrl-C ends it behind the shards that are complete.
+    Goes on with what an interrupted call left there, or one for fewer activations, behind its last forward; makes shards again that are
+    missing or damaged. `advance` is told of rows. Ctrl-C ends it behind the shards that are complete.
 
     Raises: a FastSAEError, in one line, for all that a user can mend: ConfigError for a folder of other activations or too little room on
     the disk, DataError where the dataset ends first and data.on_exhausted is "stop" with nothing written.
@@ -118,14 +117,15 @@ class _Collector:
         self.source, self.stream, self.batch_size = source, stream, batch_size
         self.dtype, self.stop, self.advance = dtype, stop, advance
         self.n_contexts = 0
-        self._epoch = 0  # that of the last rows
+        self._epochs = EmptyEpochs(stream)
 
     def where(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict(), "contexts": self.n_contexts}
 
     def go_to(self, where: dict[str, Any]) -> None:
         self.stream.load_state_dict(where["stream"])
-        self.n_contexts, self._epoch = where["contexts"], self.stream.epoch
+        self.n_contexts = where["contexts"]
+        self._epochs.moved()
 
     def collect(self, enough: int, most: int) -> dict[str, Tensor] | None:
         """Rows of forwards until there are enough, cut off at `most`; fewer where the tokens end. None where there are none, or an
@@ -138,11 +138,9 @@ class _Collector:
                 return None
             rows = batch.keep.flatten().nonzero().squeeze(1)[: most - n]
             first, self.n_contexts = self.n_contexts, self.n_contexts + len(batch)
+            self._epochs.saw(any_counts=len(rows) > 0)
             if not len(rows):
-                if self.stream.epoch > self._epoch + 1:
-                    raise DataError(NOTHING_COUNTS)
                 continue
-            self._epoch = self.stream.epoch
 
             def keep(name: str, rows: Tensor) -> Callable[[Tensor], None]:
                 def fn(acts: Tensor) -> None:

@@ -77,14 +77,15 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_hidden(entries: Any, overrides: Mapping[str, Any]) -> None:
     """An override of [sae] or [step] would do nothing where an entry of [[saes]] sets that field itself."""
     for i, entry in enumerate(entries if isinstance(entries, list) and "saes" not in overrides else []):
-        for section, own in (
-            ("sae", entry),
-            ("step", entry.get("step") if isinstance(entry, dict) else None),
-        ):
-            over = overrides.get(section)
-            both = set(over) & set(own) if isinstance(over, Mapping) and isinstance(own, Mapping) else ()
-            if both:
+        step = entry.get("step") if isinstance(entry, Mapping) else None
+        for section, own in (("sae", entry), ("step", step)):
+            if both := _keys(overrides.get(section)) & _keys(own):
                 field = min(both)
                 raise ConfigError(
                     f"{section}.{field} is given, but saes[{i}] of the file sets its own {field}; change it there"
                 )
+
+
+def _keys(value: Any) -> set[str]:
+    """Of a table; none of a value of another kind, which is refused later."""
+    return set(value) if isinstance(value, Mapping) else set()

@@ -15,15 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastsae.errors import DataError
 from fastsae.ring import RingBuffer, first_fill
 from fastsae.seeds import generator
 from fastsae.shards import Piece, Shards
 from fastsae.source import Source
 from fastsae.timeline import Timeline
-from fastsae.tokens import TokenStream
+from fastsae.tokens import EmptyEpochs, TokenStream
 
-NOTHING_COUNTS = "no position of a whole epoch counts: data.exclude leaves nothing of data.split to train on"
 AHEAD = 3  # pieces of activations that are read from disk at a time
 
 
@@ -108,7 +106,7 @@ class Harvester:
     ) -> None:
         self.source, self.stream, self.ring, self.batch_size = source, stream, ring, batch_size
         self.timeline = timeline or Timeline()
-        self._epoch = 0  # that of the last rows
+        self._epochs = EmptyEpochs(stream)
         self._history = _History(ring)
 
     def forward(self) -> bool:
@@ -121,11 +119,10 @@ class Harvester:
             batch = self.stream.take(self.batch_size)
         if batch is None:
             return False
-        if batch.keep.any():
-            self._epoch = self.stream.epoch
+        any_counts = bool(batch.keep.any())
+        self._epochs.saw(any_counts=any_counts)
+        if any_counts:
             self._write(batch.tokens, batch.keep, self.stream.state_dict())
-        elif self.stream.epoch > self._epoch + 1:
-            raise DataError(NOTHING_COUNTS)
         return True
 
     def state_dict(self, fill_number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,7 +160,7 @@ class Harvester:
 
     def _go_to(self, stream: Mapping[str, Any]) -> None:
         self.stream.load_state_dict(stream)
-        self._epoch = self.stream.epoch
+        self._epochs.moved()
 
     def _write(self, tokens: Tensor, keep: Tensor, stream: dict[str, Any]) -> None:
         rows = keep.flatten().nonzero().squeeze(1)

@@ -1,6 +1,6 @@
 """What an SAE takes from the first activations: the scale, the start of b_dec, the size of the first x_hat."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,9 @@ MEDIAN_ROWS = 65_536  # rows that the geometric median looks at; its error falls
 
 
 def mean_norm(chunks: Iterable[Float[Tensor, "n d"]]) -> Float[Tensor, ""]:
-    """Mean euclidean norm over all rows."""
-    return torch.cat([chunk.float().norm(dim=-1).cpu() for chunk in chunks]).double().mean()
+    """Mean euclidean norm over all rows for which it is finite."""
+    norms = torch.cat([chunk.float().norm(dim=-1).cpu() for chunk in chunks])
+    return norms[norms.isfinite()].double().mean()
 
 
 def geometric_median(
@@ -44,16 +45,13 @@ def initialise(sae: SAE, chunks: Callable[[], Iterable[Float[Tensor, "n d_in"]]]
 
     Rows that are not finite do not count. Raises DataError where no row is.
     """
-
-    def finite() -> Iterator[Tensor]:
-        return (chunk[chunk.isfinite().all(1)] for chunk in chunks())
-
-    norm = mean_norm(finite())
+    norm = mean_norm(chunks())
     if norm > 0 and norm.isfinite():
         sae.scale.copy_(sae.cfg.d_in**0.5 / norm)
     sample, n = [], 0
-    for chunk in finite():
-        sample.append(chunk[: MEDIAN_ROWS - n].to(sae.W_dec.dtype) * sae.scale)
+    for chunk in chunks():
+        finite = chunk[chunk.isfinite().all(1)]
+        sample.append(finite[: MEDIAN_ROWS - n].to(sae.W_dec.dtype) * sae.scale)
         n += len(sample[-1])
         if n >= MEDIAN_ROWS:
             break

@@ -96,7 +96,10 @@ def piece_size(config: RunConfig) -> int:
 
 
 def _as_harvested(config: RunConfig, asked: RunConfig, shards: Shards) -> RunConfig:
-    """The config with the model and the text that the activations were made of, and their number unless one was given; ConfigError where the user asked for others."""
+    """The config with the model and the text that the activations were made of, and their number unless one was given.
+
+    Raises ConfigError where the user asked for another model or text.
+    """
     made = shards.manifest
     hooks = config.model.hook or tuple(shards.widths)
     for hook in hooks:
@@ -149,13 +152,23 @@ def _checked(activations: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def sae_metadata(
-    model_name: str, data: DataConfig, facts: SourceFacts, hook: str, sae: SAEConfig, step: StepConfig
+    model_name: str,
+    data: DataConfig,
+    facts: SourceFacts,
+    hook: str,
+    sae: SAEConfig,
+    step: StepConfig,
+    *,
+    given: bool,
+    n_tokens: int,
+    seed: int,
 ) -> dict[str, Any]:
     """What SAELens' loader and evaluations want to know, and where the SAE comes from."""
     return {
         "model_name": model_name,
         "model_class_name": facts.model_class_name,
         "model_weights": facts.weights,
+        "model_given": given,
         "model_from_pretrained_kwargs": {},
         "hook_name": hook,
         "hook_head_index": None,
@@ -170,4 +183,6 @@ def sae_metadata(
         "training_architecture_details": (
             {"l1_coefficient": step.l1_coefficient} if sae.activation == "relu" else {}
         ),
+        "n_tokens": n_tokens,
+        "seed": seed,
     }

@@ -117,10 +117,17 @@ def prepare(
     given = model is not None
     for key, sae in saes.items():
         if origin.facts is not None:
-            what = sae_metadata(
-                config.model.name, config.data, origin.facts, hook_of[key], sae.cfg, steps[key]
+            sae.metadata = sae_metadata(
+                config.model.name,
+                config.data,
+                origin.facts,
+                hook_of[key],
+                sae.cfg,
+                steps[key],
+                given=given,
+                n_tokens=config.n_tokens,
+                seed=config.seed,
             )
-            sae.metadata = {**what, "model_given": given, "n_tokens": config.n_tokens, "seed": config.seed}
     return Job(
         config=config,
         device=device,

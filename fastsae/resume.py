@@ -21,11 +21,15 @@ MARKED = 16  # numbers at each end of a parameter
 
 def newest(run_dir: Path) -> Checkpoint:
     """The checkpoint to go on from. Raises RunError where there is none."""
+    return Checkpoint(_newest_folder(run_dir))
+
+
+def _newest_folder(run_dir: Path) -> Path:
     found = checkpoints(run_dir)
     if not found:
         what = "has no complete checkpoint" if run_dir.is_dir() else "is not there"
         raise RunError(f"cannot resume: the run {run_dir} {what}")
-    return Checkpoint(found[-1])
+    return found[-1]
 
 
 def is_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig) -> bool:
@@ -38,11 +42,8 @@ def config_of(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> RunC
     for field in ("name", "runs_dir"):
         if field in (overrides or {}):
             raise ConfigError(f"{field} does not go with a resume: the run stays where it is")
-    begun = load_config(
-        newest(run_dir).folder / CONFIG_FILE
-    )  # what the file in the run says may have been edited
-    saved = load_config(run_dir / CONFIG_FILE)
-    if saved.saes and (hidden := {"sae", "step"} & set(overrides or {})):
+    begun = load_config(_newest_folder(run_dir) / CONFIG_FILE)  # the run's own file may have been edited
+    if begun.saes and (hidden := {"sae", "step"} & set(overrides or {})):
         raise ConfigError(
             f"{min(hidden)} is given, but the run goes on with its own SAEs; a run goes on as it began"
         )

@@ -30,7 +30,15 @@ from fastsae.errors import ConfigError, DataError
 from fastsae.packing import Document, Packer, Packing, TokenBatch, check_one_context, hold_out
 from fastsae.seeds import generator
 
-__all__ = ["TokenBatch", "TokenStream", "Tokens", "open_tokens"]
+__all__ = [
+    "EmptyEpochs",
+    "TokenBatch",
+    "TokenStream",
+    "Tokens",
+    "may_overlap",
+    "open_tokens",
+    "validation_split_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +204,26 @@ class TokenStream:
             start, end = group * n_blocks, n_blocks
         order = torch.randperm(n_blocks, generator=generator(self._seed, "blocks", epoch))
         return (first + order[start:end]).tolist()
+
+
+class EmptyEpochs:
+    """Watches over who reads a stream of which nothing may count: one that repeats would be read for ever."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self._stream, self._last = stream, 0  # the epoch of the last rows
+
+    def saw(self, *, any_counts: bool) -> None:
+        """What the last batch held. Raises DataError where a whole epoch had no position that counts."""
+        if any_counts:
+            self._last = self._stream.epoch
+        elif self._stream.epoch > self._last + 1:
+            raise DataError(
+                "no position of a whole epoch counts: data.exclude leaves nothing of data.split to train on"
+            )
+
+    def moved(self) -> None:
+        """The stream was taken to another position."""
+        self._last = self._stream.epoch
 
 
 class _Ahead:

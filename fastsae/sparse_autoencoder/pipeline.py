@@ -218,9 +218,17 @@ class Pipeline:
         data, facts = self.source_dataset.config, facts_of(self._source)
         facts = facts._replace(separator=facts.separator and self.source_dataset.tokenizer is not None)
         for hook, step in self.steps.items():
-            what = sae_metadata(name_of(self._source), data, facts, hook, step.sae.cfg, step.cfg)
-            so_far = {"n_tokens": self.total_activations_trained_on, "seed": self.seed}
-            step.sae.metadata = {**what, "model_given": True, **so_far}
+            step.sae.metadata = sae_metadata(
+                name_of(self._source),
+                data,
+                facts,
+                hook,
+                step.sae.cfg,
+                step.cfg,
+                given=True,
+                n_tokens=self.total_activations_trained_on,
+                seed=self.seed,
+            )
         with appearing(folder, "the checkpoint ") as aside:
             write_steps(aside, self.steps, state)
         dashboard.upload(folder)

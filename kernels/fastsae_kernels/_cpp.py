@@ -139,10 +139,8 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
         try:
             _build(compiler, folder / name)
             return ctypes.CDLL(str(folder / name))
-        except (
-            OSError,
-            subprocess.CalledProcessError,
-        ):  # not to be written, full, or nothing there may be run
+        # not to be written, full, or nothing there may be run
+        except (OSError, subprocess.CalledProcessError):
             pass
     with tempfile.TemporaryDirectory(prefix="fastsae-") as own:
         _build(compiler, Path(own) / name)

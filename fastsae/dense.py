@@ -85,13 +85,13 @@ def gradients(
     W_enc, W_dec = sae.W_enc.to(compute), sae.W_dec.to(compute)
     centred = (x - sae.b_dec if cfg.apply_b_dec_to_input else x).to(compute)
     norms = sae.W_dec.norm(dim=-1) if cfg.decoder_norm == "free" else None
-    pre_acts = torch.addmm(sae.b_enc.to(compute), centred, W_enc)
+    pre_acts = ops.matmul(centred, W_enc, sae.b_enc.to(compute))
     acts = pre_acts.relu_() if cfg.activation == "relu" else activate(pre_acts, cfg, sae.threshold)
     if cfg.activation != "jumprelu":
         del pre_acts
     level = smallest_active(acts) if cfg.activation == "batchtopk" else None
-    g, mse_rows, g_sum = ops.dense_loss(acts @ W_dec, sae.b_dec, target, out_dtype=compute)
-    grads = {"W_dec": (acts.T @ g).to(acc)}
+    g, mse_rows, g_sum = ops.dense_loss(ops.matmul(acts, W_dec), sae.b_dec, target, out_dtype=compute)
+    grads = {"W_dec": ops.matmul(acts.T, g).to(acc)}
     mse, losses = mse_rows.sum() / batch, mse_rows
     l0_loss = aux_loss = torch.zeros_like(mse)
     if cfg.activation == "jumprelu":
@@ -104,7 +104,7 @@ def gradients(
         if terms.l1_coefficient is not None:
             weight = torch.as_tensor(terms.l1_coefficient, dtype=acc, device=x.device)
         g_pre, l1_rows, acts_sum, grads["b_enc"], n_fired = ops.dense_codes_grad(
-            g @ W_dec.T, acts, l1=weight, norms=norms
+            ops.matmul(g, W_dec.T), acts, l1=weight, norms=norms
         )
         l1, n_above = l1_rows.sum() / batch, None
         if weight is not None:
@@ -112,7 +112,7 @@ def gradients(
             if norms is not None:
                 grads["W_dec"] += norms_grad(weight / batch * acts_sum, norms, sae.W_dec)
     del acts
-    grads["W_enc"] = (g_pre.T @ centred).to(acc)
+    grads["W_enc"] = ops.matmul(g_pre.T, centred).to(acc)
     del g_pre
     if terms.auxk_coefficient is not None and terms.dead_mask is not None:
         aux_loss = _aux(sae, W_enc, W_dec, centred, g, grads, terms)

@@ -153,6 +153,8 @@ def dense_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str
         chunks = SUMS[shape.activation] * -(-batch // ROWS) * n * 4.0
         if step.l0_loss == "tanh":
             chunks = max(chunks, 4.0 * SMOOTH_CHUNK["cuda"] * element)
+    if shape.activation == "jumprelu" and _by_onednn(compute, device_type):
+        chunks = max(chunks, (n + batch) * d_out * element)  # a product to be turned, beside g as it is taken
     within = WIDE * batch * n * compute + rows + n * d_out * element + casts + chunks
     auxk = 0.0
     if step.auxk_coefficient and step.k_aux:
@@ -198,11 +200,9 @@ def auxk_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str)
 
 
 def dead_bytes(shape: SAEConfig, step: StepConfig, batch: int, device_type: str) -> int:
-    """What finding k_aux of dead latents holds. In C++ that is little, and the copy of their rows of W_enc counts too."""
+    """What finding k_aux of dead latents holds, with the copy of their rows of W_enc."""
     assert step.k_aux is not None
-    if not _in_cpp(step, device_type):
-        return select_bytes(shape, step, batch, step.k_aux, device_type)
-    compute = 2 if step.precision == "bf16" else 4
+    compute = 2 if step.precision == "bf16" else _master_bytes(step)
     topk = shape.model_copy(update={"activation": "topk", "k": step.k_aux})
     return select_bytes(topk, step, batch, step.k_aux, device_type) + shape.d_sae * shape.d_in * compute
 
@@ -216,14 +216,19 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
         has_fast_products,
     )  # load triton: not at the top
     from fastsae_kernels.encode_codes import chunk_rows
+    from fastsae_kernels.matmul import block_rows
 
     n, half = shape.d_sae, step.precision == "bf16"
     compute = 2 if half else _master_bytes(step)
     chunk = batch if shape.activation == "batchtopk" else min(batch, chunk_rows(n * compute, device_type))
     n_groups = -(-n // GROUP)
     slow = half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
-    in_fp32 = n * shape.d_in * 4 if slow else 0  # W_enc
+    onednn = _by_onednn(4 if slow else compute, device_type)
+    in_fp32 = n * shape.d_in * 4 if slow or onednn else 0  # W_enc, for the product
     product = min(chunk, CHUNK_ROWS) * n * 4 if slow else 0
+    if onednn:
+        at_once = chunk if _in_cpp(step, device_type) and shape.activation != "batchtopk" else CHUNK_ROWS
+        product += min(chunk, at_once, block_rows(n)) * n * 4
     if _in_cpp(step, device_type):
         hits, code = 4 * n_groups, 4 + compute
         if shape.activation == "topk":
@@ -233,7 +238,8 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
             code = (
                 2 * code + 10
             )  # rows are as wide as the fullest; and what is sorted, outside of torch's memory
-        return chunk * (n * compute + hits) + batch * n_codes * code + in_fp32 + product
+        found = chunk * hits + batch * n_codes * code
+        return chunk * n * compute + in_fp32 + max(product, found)
     groups = n_groups * (1 - math.exp(-GROUPS_PER_CODE * n_codes / n_groups))  # that are hit, by chance
     select = chunk * (groups * (GROUP * (compute + 1) + 24) + n_codes * OTHERS.code)
     wide = min(chunk, WIDE_ROWS) * n * 4 if half and device_type == "cpu" and not slow else 0
@@ -253,6 +259,13 @@ def _in_cpp(step: StepConfig, device_type: str) -> bool:
         and step.precision != "fp64"
         and backend(torch.empty(0, dtype=torch.float32, device="cpu")) == "cpp"
     )
+
+
+def _by_onednn(compute: int, device_type: str) -> bool:
+    """Whether products of numbers of so many bytes are oneDNN's."""
+    from fastsae_kernels.matmul import by_onednn  # loads triton: not at the top
+
+    return device_type == "cpu" and compute == 4 and by_onednn(torch.empty(0))
 
 
 def _master_bytes(step: StepConfig) -> int:

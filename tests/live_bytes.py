@@ -33,18 +33,20 @@ class LiveBytes(TorchDispatchMode):
                 if tensor.layout == torch.sparse_csr:
                     parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
                 for part in parts:
-                    self._count(part.untyped_storage(), func)
+                    if part.is_mkldnn:  # opaque: no storage, and gone with the tensor
+                        self._count(part, part.numel() * part.element_size(), func)
+                    else:
+                        self._count(part.untyped_storage(), part.untyped_storage().nbytes(), func)
         return out
 
-    def _count(self, storage, func):
-        if storage in self._seen:
+    def _count(self, owner, size, func):
+        if owner in self._seen:
             return
-        self._seen.add(storage)
-        size = storage.nbytes()
+        self._seen.add(owner)
         self.now += size
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, str(func)
-        weakref.finalize(storage, self._free, size)
+        weakref.finalize(owner, self._free, size)
 
     def _free(self, size):
         self.now -= size

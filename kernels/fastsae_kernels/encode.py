@@ -26,6 +26,7 @@ from fastsae_kernels._launch import (
     tl,
 )
 from fastsae_kernels._op import differentiable, op
+from fastsae_kernels.matmul import by_onednn, linear_into, packed
 
 GROUP = 32  # latents per group: 64 bytes of bf16, two sectors
 LIBRARY_FROM_D_IN = 2048  # E: the extra read is below 9% of the product from here on; not measured on a GPU
@@ -259,12 +260,13 @@ def _dot_precision(x: Tensor) -> str:
 
 def operands(W_enc: Tensor, b_enc: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """W_enc and b_enc as the plain torch form multiplies them: fp32 where the CPU has no units for W_enc's dtype, or where its products,
-    rounded to that, are not what is asked for.
+    rounded to that, are not what is asked for; W_enc packed where oneDNN's products are the faster ones.
     """
     half = W_enc.element_size() == 2
     slow = half and not (has_fast_products(W_enc) and out_dtype == W_enc.dtype)
     dtype = torch.float32 if slow else W_enc.dtype
-    return W_enc.to(dtype), b_enc.to(dtype)
+    W = W_enc.to(dtype)
+    return packed(W.T) if by_onednn(W) else W, b_enc.to(dtype)
 
 
 def encode_torch(
@@ -279,7 +281,7 @@ def encode_torch(
 
     Row chunks, so that the maxima are taken from the cache.
     """
-    (batch, _), d_sae, out_dtype = x.shape, W.shape[1], pre_acts.dtype
+    (batch, d_sae), out_dtype = pre_acts.shape, pre_acts.dtype
     in_cpp = backend(pre_acts) == "cpp"
     block = None if W.dtype == out_dtype else x.new_empty(min(batch, CHUNK_ROWS), d_sae, dtype=W.dtype)
     step = CHUNK_ROWS if block is not None or group_max is not None else max(batch, 1)
@@ -287,7 +289,8 @@ def encode_torch(
         rows = slice(start, min(start + step, batch))
         target = pre_acts[rows]
         product = target if block is None else block[: len(target)]
-        torch.addmm(b, x[rows].to(W.dtype), W, out=product)
+        operand = x[rows].to(W.dtype)
+        linear_into(product, operand, W, b) if W.is_mkldnn else torch.addmm(b, operand, W, out=product)
         if relu:
             product.relu_()
         if block is not None:

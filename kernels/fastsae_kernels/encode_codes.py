@@ -80,7 +80,7 @@ def _encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor, step: int) -> Iterator[tup
             yield encode(rows, W_enc, b_enc)
         return
     W, b = operands(W_enc, b_enc, W_enc.dtype)
-    n, step = W.shape[1], min(step, max(len(x), 1))
+    n, step = W_enc.shape[1], min(step, max(len(x), 1))
     memory = W_enc.new_empty(step, n)
     maxima = None if backend(W_enc) == "cpp" else W_enc.new_empty(step, cdiv(n, GROUP))
     for rows in x.split(step):

@@ -2,7 +2,8 @@
 
 A ReLU SAE's whole step, optimizer and clipping included, with b_enc set so that L0 is what is asked for and a learning rate that
 leaves it there. Over l0 at fixed d_sae, over d_sae at fixed l0, and over the batch: the median time of the sparse path as a multiple
-of the bare encoder product's, interleaved; over l0 the dense path's too, which is where config's CROSSOVER comes from.
+of the bare encoder product's, interleaved; over l0 the dense path's too, which is where config's CROSSOVER comes from. The product writes
+to memory that is there, and is oneDNN's where the step's own is: the fastest there is.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 from benches.measure import about, interleaved, timer, warm
 from benches.world import N_INPUTS, Call
 from fastsae import SAE, SAEConfig, StepConfig, TrainStep
+from fastsae_kernels.matmul import by_onednn, linear_into, packed
 
 Precision = Literal["fp32", "bf16"]
 SECONDS = 6.0  # of timed runs per point
@@ -54,17 +56,24 @@ def measured(p: Point, device: torch.device, precision: Precision, *, dense: boo
     steps = {path: stepper(p, path, xs[0], precision) for path in ("sparse", *(["dense"] if dense else []))}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     W_enc, operands = steps["sparse"].sae.W_enc.detach().to(dtype), [x.to(dtype) for x in xs]
+    memory = torch.empty(p.batch, p.d_sae, dtype=dtype, device=device)
+
+    def product(i: int) -> None:
+        if by_onednn(W_enc):
+            linear_into(memory, operands[i], packed(W_enc.T))
+        else:
+            torch.mm(operands[i], W_enc, out=memory)
 
     def call(f: Callable[[Tensor], object], i: int) -> object:
         return f(xs[i])
 
     calls: dict[str, Call] = {path: partial(call, step) for path, step in steps.items()}
-    calls["product"] = lambda i: operands[i] @ W_enc
+    calls["product"] = product
     for one in calls.values():
         warm(one, device)
     times = interleaved(calls, timer(device), SECONDS)
-    product = statistics.median(times["product"])
-    found = {path: statistics.median(times[path]) / product for path in steps}
+    floor = statistics.median(times["product"])
+    found = {path: statistics.median(times[path]) / floor for path in steps}
     return {**p._asdict(), "l0": steps["sparse"].read()["l0"], **found}
 
 

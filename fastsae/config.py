@@ -28,7 +28,7 @@ Precision = Literal["fp64", "fp32", "tf32", "bf16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 TOPK = ("topk", "batchtopk")  # activations that have a k
-# By benches.step_scaling on 2 cores (results/cpu/step_scaling.json); on a GPU by the cost model of the kernels, not measured.
+# By benches.step_scaling on 2 cores (results/cpu/step_scaling_amx.json); on a GPU by the cost model of the kernels, not measured.
 CROSSOVER = {"cpu": 1 / 16, "cuda": 1 / 100}
 DEFAULT_K = 32
 DEFAULT_BANDWIDTH = 0.25

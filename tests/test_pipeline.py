@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -564,8 +565,10 @@ def test_334_another_dataset_is_refused_every_time(made, tmp_path):
             pipeline.run_pipeline(**RUN, max_activations=640)
 
 
-def test_a_loss_that_is_not_finite_is_found_at_the_latest_at_the_end(made, model):
-    pipeline = made()
+def test_a_loss_that_is_not_finite_is_found_at_the_latest_at_the_end(made, model, monkeypatch):
+    """Behind the figures of that window, which say what went wrong."""
+    pipeline, logged = made(), []
+    monkeypatch.setattr("fastsae.sparse_autoencoder.dashboard.log", logged.append)
     handle = lambda acts, hook: acts * torch.nan
     model.add_hook("hook_embed", handle)
     try:
@@ -577,6 +580,7 @@ def test_a_loss_that_is_not_finite_is_found_at_the_latest_at_the_end(made, model
             pipeline.train_autoencoder(pipeline.generate_activations(PER_FORWARD), 32)
     finally:
         model.reset_hooks()
+    assert math.isnan(logged[0]["loss/total/mean"])
     assert all(p.isfinite().all() for p in pipeline.autoencoder.parameters())
     pipeline.run_pipeline(**RUN, max_activations=640)  # and then it goes on
 

@@ -420,17 +420,17 @@ class Pipeline:
         read = {
             name: step.read() for name, step in zip(self.component_names, self.steps.values(), strict=True)
         }
+        rows = {
+            name: dashboard.training_row(figures, self.n_input_features, self.n_learned_features)
+            for name, figures in read.items()
+        }
+        dashboard.log(dashboard.with_means(rows))
         for name, figures in read.items():
             if (bad := figures["first_bad_step"]) >= 0:
                 folder = self.save_checkpoint()
                 raise NonFiniteLossError(
                     f"the loss of {name} became NaN or infinite at step {bad:.0f}, and nothing moved by it; checkpoint: {folder}"
                 )
-        rows = {
-            name: dashboard.training_row(figures, self.n_input_features, self.n_learned_features)
-            for name, figures in read.items()
-        }
-        dashboard.log(dashboard.with_means(rows))
 
     def _check_shape(self) -> None:
         config = self.autoencoder.config

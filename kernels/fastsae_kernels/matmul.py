@@ -61,8 +61,10 @@ def _is_faster() -> bool:
 
 def _cpu() -> str:
     """What the system says of it."""
-    file = Path("/proc/cpuinfo")
-    return file.read_text() if file.exists() else platform.processor()
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return platform.processor()
 
 
 def _works() -> bool:

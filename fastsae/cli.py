@@ -66,7 +66,7 @@ def train(
     lr: Annotated[str | None, typer.Option(help="Learning rate.", metavar=NUMBERS)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Activations per step.")] = None,
     context_size: Annotated[int | None, typer.Option(help="Tokens per context.")] = None,
-    n_tokens: Annotated[int | None, typer.Option(help="Activations to train on.")] = None,
+    n_tokens: Annotated[str | None, typer.Option(help="Activations to train on.", metavar="INTEGER")] = None,
     seed: Annotated[str | None, typer.Option(help="Seed of everything random.", metavar=INTEGERS)] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu or auto.")] = None,
     dtype: Annotated[
@@ -102,7 +102,7 @@ def train(
     }
     one = {name: values[0] if len(values) == 1 else None for name, values in lists.items()}
     fields = {
-        "n_tokens": n_tokens,
+        "n_tokens": _whole("--n-tokens", n_tokens),
         "seed": lists["seed"][0] if lists["seed"] else None,
         "saes": grid({name: values for name, values in lists.items() if len(values) > 1}),
         "device": device,
@@ -202,7 +202,7 @@ def harvest(
     hook: Annotated[list[str] | None, typer.Option(help="Hook point; may be repeated, and hold a *.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub name, file or folder of the text.")] = None,
     context_size: Annotated[int | None, typer.Option(help="Tokens per context.")] = None,
-    n_tokens: Annotated[int | None, typer.Option(help="Activations to write.")] = None,
+    n_tokens: Annotated[str | None, typer.Option(help="Activations to write.", metavar="INTEGER")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the text.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu or auto.")] = None,
     dtype: Annotated[
@@ -213,7 +213,7 @@ def harvest(
 ) -> None:
     """Write activations to disk, for `fastsae train --activations DIR`. The same command goes on where it was interrupted."""
     fields = {
-        "n_tokens": n_tokens,
+        "n_tokens": _whole("--n-tokens", n_tokens),
         "seed": seed,
         "device": device,
         "model": {"name": model, "hook": hook or None, "dtype": dtype},
@@ -311,6 +311,17 @@ def _values(flag: str, text: str | None, kind: type[int] | type[float]) -> list[
     except ValueError:
         what = "an integer" if kind is int else "a number"
         raise ConfigError(f"{flag} {text}: must be {what}, or several with commas between them") from None
+
+
+def _whole(flag: str, text: str | None) -> int | None:
+    """300000000, 300_000_000 or 3e8."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        number = _values(flag, text, float)[0]
+    if not number.is_integer():
+        raise ConfigError(f"{flag} {text}: must be a whole number")
+    return int(number)
 
 
 def grid(lists: dict[str, list[Any]]) -> list[dict[str, Any]] | None:

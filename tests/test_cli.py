@@ -199,6 +199,9 @@ BAD_FLAGS = [
     (["--lr", "nan"], ["step.lr", "nan"]),
     (["--lr", "inf"], ["step.lr", "inf"]),
     (["--n-tokens", "0"], ["n_tokens", "0"]),
+    (["--n-tokens", "1.5"], ["n-tokens", "1.5", "whole"]),
+    (["--n-tokens", "inf"], ["n-tokens", "inf", "whole"]),
+    (["--n-tokens", "many"], ["n-tokens", "many"]),
     (["--set", "n_tokens=true"], ["n_tokens", "True"]),
     (["--set", "data.exclude=[-3]"], ["data.exclude", "-3"]),
     (["--wandb", ""], ["log.wandb"]),
@@ -327,7 +330,7 @@ def test_a_flag_that_an_entry_would_hide_is_refused(run, tmp_path):
     assert code == 2 and "saes[0]" in error_line(err) and "sae.k" in error_line(err)
     code, _, err = run("--lr", "2", saes=entries)
     assert code == 2 and "saes[1]" in error_line(err) and "step.lr" in error_line(err)
-    assert run("--n-tokens", "50", "--batch-size", "64", saes=entries)[0] == 0
+    assert run("--n-tokens", "5e1", "--batch-size", "64", saes=entries)[0] == 0
 
 
 def test_json_has_null_for_what_is_not_finite(run):

@@ -216,7 +216,7 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
         has_fast_products,
     )  # load triton: not at the top
     from fastsae_kernels.encode_codes import chunk_rows
-    from fastsae_kernels.matmul import block_rows
+    from fastsae_kernels.matmul import PACKED_FROM, block_rows
 
     n, half = shape.d_sae, step.precision == "bf16"
     compute = 2 if half else _master_bytes(step)
@@ -224,7 +224,7 @@ def select_bytes(shape: SAEConfig, step: StepConfig, batch: int, n_codes: int, d
     n_groups = -(-n // GROUP)
     slow = half and device_type == "cpu" and not has_fast_products(torch.empty(0, dtype=torch.bfloat16))
     onednn = _by_onednn(4 if slow else compute, device_type)
-    in_fp32 = n * shape.d_in * 4 if slow or onednn else 0  # W_enc, for the product
+    in_fp32 = n * shape.d_in * 4 if slow or (onednn and batch >= PACKED_FROM) else 0  # W_enc, for the product
     product = min(chunk, CHUNK_ROWS) * n * 4 if slow else 0
     if onednn:
         at_once = chunk if _in_cpp(step, device_type) and shape.activation != "batchtopk" else CHUNK_ROWS
@@ -265,7 +265,9 @@ def _by_onednn(compute: int, device_type: str) -> bool:
     """Whether products of numbers of so many bytes are oneDNN's."""
     from fastsae_kernels.matmul import by_onednn  # loads triton: not at the top
 
-    return device_type == "cpu" and compute == 4 and by_onednn(torch.empty(0))
+    return (
+        device_type == "cpu" and compute == 4 and by_onednn(torch.empty(0, dtype=torch.float32, device="cpu"))
+    )
 
 
 def _master_bytes(step: StepConfig) -> int:

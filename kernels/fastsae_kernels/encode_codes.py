@@ -79,7 +79,7 @@ def _encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor, step: int) -> Iterator[tup
         for rows in x.split(step):
             yield encode(rows, W_enc, b_enc)
         return
-    W, b = operands(W_enc, b_enc, W_enc.dtype)
+    W, b = operands(W_enc, b_enc, W_enc.dtype, len(x))
     n, step = W_enc.shape[1], min(step, max(len(x), 1))
     memory = W_enc.new_empty(step, n)
     maxima = None if backend(W_enc) == "cpp" else W_enc.new_empty(step, cdiv(n, GROUP))
@@ -181,6 +181,7 @@ def encode_codes(
     """
     check_W_enc(W_enc)
     check("x", x, (None, W_enc.shape[0]), like=W_enc)
+    check("b_enc", b_enc, (W_enc.shape[1],), like=W_enc)
     if k is not None and threshold is not None:
         raise ValueError(f"k is {k} and threshold is given, but only one of them can choose")
     if k is not None and not 1 <= k <= W_enc.shape[1]:

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastsae_kernels._launch import check
 from fastsae_kernels._op import differentiable, op
 
-# Of a product that is made at once on its way to memory that is there: less than what malloc asks the system for every time.
+# Of a product that is made at once on its way to memory that is there: less than what malloc asks the system for every time, up to d_sae 65536.
 BLOCK_BYTES, LEAST_ROWS = 2**23, 64
+PACKED_FROM = 1024  # rows: to pack W costs as much as some hundred of them
 
 
 def block_rows(n: int) -> int:
@@ -25,7 +27,8 @@ def block_rows(n: int) -> int:
 
 def by_onednn(x: Tensor) -> bool:
     """Whether products of x's dtype, where it lies, are better made here than by torch."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _is_faster()
+    is_fp32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return is_fp32 and bool(torch.backends.mkldnn.enabled) and _is_faster()
 
 
 def packed(W: Tensor) -> Tensor:
@@ -35,7 +38,8 @@ def packed(W: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias by oneDNN; W [n, k] as it is or `packed`."""
+    """x W^T + bias by oneDNN; W [n, k] as it is or `packed`. The bias's strides it does not look at."""
+    bias = None if bias is None else bias.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
     return out
 
@@ -69,17 +73,22 @@ def _cpu() -> str:
 
 def _works() -> bool:
     """Whether torch still has the operators, and they still compute x W^T + bias."""
+    shapes = ((6, (2, 3)), (15, (5, 3)), (5, (5,)))
     x, W, bias = (
-        torch.arange(float(n)).remainder_(7).view(shape)
-        for n, shape in [(6, (2, 3)), (15, (5, 3)), (5, (5,))]
+        torch.arange(n, dtype=torch.float32, device="cpu").remainder_(7).view(shape) for n, shape in shapes
     )
-    out = torch.empty(2, 5)
+    out = x.new_empty(2, 5)
     try:
         linear_into(out, x, packed(W), bias)
-        both = torch.stack([out, linear(x, W, bias)])
+        found = [out, linear(x, W, bias), linear(x, W.T.contiguous().T, bias)]
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.equal(both, (x @ W.T + bias).expand(2, 2, 5))
+    return all(torch.equal(one, x @ W.T + bias) for one in found)
+
+
+def _with_rows(t: Tensor) -> Tensor:
+    """t, in memory of its own unless it is contiguous or the transpose of what is."""
+    return t if t.is_contiguous() or t.T.is_contiguous() else t.contiguous()
 
 
 @op("matmul")
@@ -89,8 +98,8 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if (
         bias is None and not a.is_contiguous()
     ):  # oneDNN's first operand has to be; the second may have any strides
-        return linear(b.T.contiguous(), a).T.contiguous()
-    return linear(a.contiguous(), b.T, bias)
+        return linear(b.T.contiguous(), _with_rows(a)).T.contiguous()
+    return linear(a.contiguous(), _with_rows(b.T), bias)
 
 
 @_matmul.register_fake
@@ -114,7 +123,15 @@ differentiable(_matmul, _backward, _save)
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b + bias, [m, n], differentiable: a [m, k], b [k, n], bias [n], any strides, one dtype and device."""
+    """a b + bias, [m, n], differentiable: a [m, k], b [k, n], bias [n], any strides.
+
+    Raises ValueError for a shape, dtype or device that does not fit.
+    """
+    check("a", a, (None, None), contiguous=False)
+    same = (a.dtype,)
+    check("b", b, (a.shape[1], None), dtypes=same, like=a, contiguous=False)
+    if bias is not None:
+        check("bias", bias, (b.shape[1],), dtypes=same, like=a, contiguous=False)
     if a.device.type != "cpu":
         return a @ b if bias is None else torch.addmm(bias, a, b)
     product: Tensor = _matmul(a, b, bias)

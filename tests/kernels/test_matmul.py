@@ -32,6 +32,8 @@ def operands(m, k, n, dtype=torch.float32):
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 7, 33), (0, 5, 4), (64, 65, 97), (257, 31, 70)])
 def test_as_torch_whatever_the_strides(m, k, n, dtype, by_onednn):
     a, b, bias = operands(m, k, n, dtype)
+    for bias_as in (bias.repeat_interleave(2)[::2], bias[:1].expand(n)):
+        assert torch.equal(matmul(a, b, bias_as), matmul(a, b, bias_as.contiguous()))
     for left in (a, a.T.contiguous().T):
         for right in (b, b.T.contiguous().T):
             assert_as_accurate(matmul, lambda a, b: a @ b, (left, right), grads=False)
@@ -52,6 +54,53 @@ def test_the_encoders_product(dtype, backend, by_onednn):
         codes = encode_codes(x, W_enc, b_enc, k=5)
         expected = encode(x, W_enc, b_enc)[0].topk(5)
     assert torch.equal(codes.values.sort(descending=True).values, expected.values.clamp_min(0))
+
+
+@pytest.mark.parametrize("packed_from", [1, 1000])
+def test_weights_as_they_are_and_packed(packed_from, by_onednn, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastsae_kernels.encode"), "PACKED_FROM", packed_from)
+    x, W_enc, b_enc = operands(31, 13, 70)
+    W_enc = W_enc.T.contiguous().T
+    assert_as_accurate(lambda *a: encode(*a)[0], lambda *a: encode_ref(*a)[0], (x, W_enc, b_enc))
+
+
+def test_rows_that_overlap(by_onednn):
+    a, b = torch.arange(40.0).unfold(0, 8, 1), torch.ones(8, 3)
+    assert torch.equal(matmul(a, b), a.contiguous() @ b)
+    assert torch.equal(matmul(b.T, a.T), (a.contiguous() @ b).T)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"b": torch.ones(4, 2)},
+        {"bias": torch.ones(())},
+        {"bias": torch.ones(3)},
+        {"b": torch.ones(3, 2).double()},
+    ],
+)
+def test_what_does_not_fit_is_refused(wrong):
+    fits = {"a": torch.ones(5, 3), "b": torch.ones(3, 2), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        matmul(**{**fits, **wrong})
+
+
+def test_another_default_dtype_changes_nothing():
+    if not has_onednn:
+        pytest.skip("torch without oneDNN")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert module._works()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_cpu_that_nobody_may_read(monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(module.Path, "read_text", refused)
+    assert isinstance(module._cpu(), str)
 
 
 def test_not_a_number_gets_through(by_onednn):

@@ -5,6 +5,43 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+@torch.library.custom_op("fastsae::fused_adam", mutates_args=("param", "grad", "m", "v"))
+def _fused_adam(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor | None,
+    v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    """torch's kernel as an op of ours, since torch.compile has no fake of it. Without m the gradient is the first moment."""
+    torch._fused_adam_(
+        [param],
+        [grad],
+        [grad if m is None else m],
+        [v],
+        [],
+        [step],
+        lr=lr.float() if param.device.type == "cuda" else lr,  # CUDA's kernel reads an fp32
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=found_inf,
+    )
+
+
+@_fused_adam.register_fake
+def _(*_: object) -> None:
+    pass
+
+
 def adam_(
     param: Tensor,
     grad: Tensor,
@@ -23,24 +60,10 @@ def adam_(
     Args: step counts from 1; it and lr are scalars on the device, so that a captured step follows its schedules; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves; m is None where betas[0] is 0. grad is overwritten.
     """
     grad.mul_(grad_scale)
-    wide = grad if m is None else m.to(param.dtype)  # itself, unless it is kept in bf16
-    torch._fused_adam_(
-        [param],
-        [grad],
-        [wide],
-        [v],
-        [],
-        [step.float()],
-        lr=lr.float() if param.device.type == "cuda" else lr,  # CUDA's kernel reads an fp32
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=0.0,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        found_inf=None if skip is None else skip.float(),
-    )
-    if m is not None and wide is not m:
+    wide = m if m is None else m.to(param.dtype)  # itself, unless it is kept in bf16
+    found_inf = None if skip is None else skip.float()
+    _fused_adam(param, grad, wide, v, step.float(), lr, betas[0], betas[1], eps, found_inf)
+    if m is not None and wide is not None and wide is not m:
         m.copy_(wide)
 
 

@@ -1,5 +1,7 @@
 """torch.compile takes the whole step, and takes it once for a whole schedule."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -45,3 +47,17 @@ def test_one_graph_takes_a_whole_schedule(kind, path, precision):
     assert figures == pytest.approx(same_figures, rel=1e-3 if exact == {} else 0)
     for name, w in plain.items():
         torch.testing.assert_close(captured[name], w, **exact)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles C++ on a CPU")
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_torchs_own_compiler_makes_the_same_step(path):
+    def trained(compiled):
+        torch._dynamo.reset()
+        sae = make_sae("topk", dtype=torch.float32)
+        step = TrainStep(sae, StepConfig(path=path, lr=1e-2), N_STEPS)
+        run = torch.compile(lambda x: step(x).loss, fullgraph=True) if compiled else lambda x: step(x).loss
+        gen = torch.Generator().manual_seed(0)
+        return [float(run(torch.randn(BATCH, D_IN, generator=gen))) for _ in range(3)]
+
+    assert trained(True) == pytest.approx(trained(False), rel=1e-5)

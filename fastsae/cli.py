@@ -1,5 +1,6 @@
 """The command line: flags become overrides of the config, the config becomes one call."""
 
+import math
 import sys
 import warnings
 from itertools import product
@@ -315,10 +316,12 @@ def _values(flag: str, text: str | None, kind: type[int] | type[float]) -> list[
 
 def _whole(flag: str, text: str | None) -> int | None:
     """300000000, 300_000_000 or 3e8."""
+    if text is None:
+        return None
     try:
-        return None if text is None else int(text)
+        number = float(text)
     except ValueError:
-        number = _values(flag, text, float)[0]
+        number = math.nan
     if not number.is_integer():
         raise ConfigError(f"{flag} {text}: must be a whole number")
     return int(number)

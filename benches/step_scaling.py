@@ -20,7 +20,7 @@ from torch import Tensor
 from benches.measure import about, interleaved, timer, warm
 from benches.world import N_INPUTS, Call
 from fastsae import SAE, SAEConfig, StepConfig, TrainStep
-from fastsae_kernels.matmul import PACKED_FROM, by_onednn, linear_into, packed
+from fastsae_kernels.matmul import by_onednn, linear_into, packed
 
 Precision = Literal["fp32", "bf16"]
 SECONDS = 6.0  # of timed runs per point
@@ -60,7 +60,7 @@ def measured(p: Point, device: torch.device, precision: Precision, *, dense: boo
 
     def product(i: int) -> None:
         if by_onednn(W_enc):
-            linear_into(memory, operands[i], packed(W_enc.T) if p.batch >= PACKED_FROM else W_enc.T)
+            linear_into(memory, operands[i], packed(W_enc.T, p.batch))
         else:
             torch.mm(operands[i], W_enc, out=memory)
 

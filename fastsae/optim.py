@@ -60,7 +60,7 @@ def adam_(
     Args: step counts from 1; it and lr are scalars on the device, so that a captured step follows its schedules; grad_scale multiplies the gradient (clipping); where skip is not 0 nothing moves; m is None where betas[0] is 0. grad is overwritten.
     """
     grad.mul_(grad_scale)
-    wide = m if m is None else m.to(param.dtype)  # itself, unless it is kept in bf16
+    wide = None if m is None else m.to(param.dtype)  # itself, unless it is kept in bf16
     found_inf = None if skip is None else skip.float()
     _fused_adam(param, grad, wide, v, step.float(), lr, betas[0], betas[1], eps, found_inf)
     if m is not None and wide is not None and wide is not m:

@@ -26,7 +26,7 @@ from fastsae_kernels._launch import (
     tl,
 )
 from fastsae_kernels._op import differentiable, op
-from fastsae_kernels.matmul import PACKED_FROM, by_onednn, linear_into, packed
+from fastsae_kernels.matmul import by_onednn, linear_into, packed
 
 GROUP = 32  # latents per group: 64 bytes of bf16, two sectors
 LIBRARY_FROM_D_IN = 2048  # E: the extra read is below 9% of the product from here on; not measured on a GPU
@@ -260,13 +260,13 @@ def _dot_precision(x: Tensor) -> str:
 
 def operands(W_enc: Tensor, b_enc: Tensor, out_dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor]:
     """W_enc and b_enc as the plain torch form multiplies `batch` rows by them: fp32 where the CPU has no units for W_enc's dtype, or where its products,
-    rounded to that, are not what is asked for; W_enc packed where oneDNN's products are the faster ones and that pays.
+    rounded to that, are not what is asked for; W_enc latent-major and maybe packed where oneDNN's products are the faster ones.
     """
     half = W_enc.element_size() == 2
     slow = half and not (has_fast_products(W_enc) and out_dtype == W_enc.dtype)
     dtype = torch.float32 if slow else W_enc.dtype
     W = W_enc.to(dtype)
-    return packed(W.T) if by_onednn(W) and batch >= PACKED_FROM else W, b_enc.to(dtype)
+    return packed(W.T, batch) if by_onednn(W) else W, b_enc.to(dtype)
 
 
 def encode_torch(
@@ -291,7 +291,7 @@ def encode_torch(
         product = target if block is None else block[: len(target)]
         operand = x[rows].to(W.dtype)
         if by_onednn(W):
-            linear_into(product, operand, W if W.is_mkldnn else W.T, b)
+            linear_into(product, operand, W, b)
         else:
             torch.addmm(b, operand, W, out=product)
         if relu:

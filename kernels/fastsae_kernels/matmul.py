@@ -31,8 +31,10 @@ def by_onednn(x: Tensor) -> bool:
     return is_fp32 and bool(torch.backends.mkldnn.enabled) and _is_faster()
 
 
-def packed(W: Tensor) -> Tensor:
-    """W [n, k], any strides, in oneDNN's layout, for `linear`: it is packed once, and not for every block of rows."""
+def packed(W: Tensor, rows: int) -> Tensor:
+    """W [n, k] as `linear` takes it for so many rows: once in oneDNN's layout, and not for every block of them, where that pays."""
+    if rows < PACKED_FROM:
+        return W
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(W.contiguous(), block_rows(len(W)))
     return out
 
@@ -79,7 +81,7 @@ def _works() -> bool:
     )
     out = x.new_empty(2, 5)
     try:
-        linear_into(out, x, packed(W), bias)
+        linear_into(out, x, packed(W, PACKED_FROM), bias)
         found = [out, linear(x, W, bias), linear(x, W.T.contiguous().T, bias)]
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -95,9 +97,7 @@ def _with_rows(t: Tensor) -> Tensor:
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if not by_onednn(a) or not a.numel():
         return a @ b if bias is None else torch.addmm(bias, a, b)
-    if (
-        bias is None and not a.is_contiguous()
-    ):  # oneDNN's first operand has to be; the second may have any strides
+    if bias is None and not a.is_contiguous():  # as oneDNN's first operand has to be; the second need not
         return linear(b.T.contiguous(), _with_rows(a)).T.contiguous()
     return linear(a.contiguous(), _with_rows(b.T), bias)
 

@@ -58,7 +58,7 @@ def test_the_encoders_product(dtype, backend, by_onednn):
 
 @pytest.mark.parametrize("packed_from", [1, 1000])
 def test_weights_as_they_are_and_packed(packed_from, by_onednn, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("fastsae_kernels.encode"), "PACKED_FROM", packed_from)
+    monkeypatch.setattr(module, "PACKED_FROM", packed_from)
     x, W_enc, b_enc = operands(31, 13, 70)
     W_enc = W_enc.T.contiguous().T
     assert_as_accurate(lambda *a: encode(*a)[0], lambda *a: encode_ref(*a)[0], (x, W_enc, b_enc))
